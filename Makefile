@@ -1,0 +1,107 @@
+# Everything a checkout needs. `make` alone lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+# bcc belongs to the distribution's own interpreter; another one does not see it.
+PYTHON ?= /usr/bin/python3
+# Arguments for `make run` and `make test`.
+ARGS ?=
+
+RUNTIME_PACKAGES := python3-bpfcc libbpf1 python3-venv
+TEST_PACKAGES := clang-14 libbpf-dev linux-libc-dev bpftool iproute2 iputils-ping \
+	libbpf-tools procps gcc libc6-dev
+
+# Keep packages of the caller's home and shell out of the environment we pin.
+export PYTHONNOUSERSITE := 1
+unexport PYTHONPATH PYTHONHOME
+
+BIN := .venv/bin
+PIP = PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip -q
+INPUTS := pyproject.toml constraints.txt stalld/__init__.py
+
+# A virtual environment knows its own path and interpreter; after a copy, a move or an upgrade
+# of Python it must be made anew.
+VENV_ID := $(CURDIR) $(realpath $(shell command -v $(PYTHON)))
+ifneq ($(strip $(shell cat .venv/.id 2>/dev/null)),$(strip $(VENV_ID)))
+.PHONY: .venv/.id
+endif
+
+# $(call missing,PACKAGES): those that are not installed.
+missing = $(filter-out $(patsubst %=installed,%,$(filter %=installed,$(shell \
+	dpkg-query -W -f '$${Package}=$${db:Status-Status}\n' $(1) 2>/dev/null))),$(1))
+
+define apt_install
+$(if $(shell command -v apt-get),,$(error this needs a Debian system; not installed: $(1)))
+$(if $(filter 0,$(shell id -u)),,$(error missing Debian packages; as root run: \
+	apt-get update && apt-get install --no-install-recommends $(1)))
+@echo 'Installing $(1)'
+@export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && \
+	apt-get -qq -y -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 \
+	install --no-install-recommends $(1) >/dev/null
+endef
+
+need_root = $(if $(filter 0,$(shell id -u)),,$(error `make $(1)` loads BPF programs \
+	and needs root: run it with sudo or in a root shell))
+
+.PHONY: help setup run test check demo bench clean
+.PHONY: root-run root-test root-demo root-bench packages test-packages
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 8
+
+setup: packages .venv/.installed ## install what is missing: Debian packages, .venv, the project
+
+run: root-run setup ## set up and detect in the foreground until Ctrl-C (ARGS="--threshold-ms 5")
+	@exec $(BIN)/softirq-stalld run $(ARGS)
+
+test: root-test setup test-packages .venv/.dev ## set up and run all tests (ARGS="-k tracker")
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup .venv/.dev ## lint, formatting and types
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m mypy $(PY_DIRS)
+	@$(if $(C_FILES),$(BIN)/clang-format --dry-run -Werror $(C_FILES))
+
+demo: root-demo setup test-packages .venv/.dev ## cause a bounded stall of each kind, show the catch
+	@exec $(BIN)/python -m tests.demo $(ARGS)
+
+bench: root-bench setup test-packages .venv/.dev ## measure and print the figures
+	@exec $(BIN)/python -m bench $(ARGS)
+
+clean: ## remove everything made here
+	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name .git -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -prune \
+		-exec rm -rf {} +
+	@find bpf tests -name '*.o' -delete 2>/dev/null || true
+
+PY_DIRS = $(shell for d in stalld tests bench; do \
+	[ -z "$$(find $$d -name '*.py' -print -quit 2>/dev/null)" ] || echo $$d; done)
+C_FILES = $(wildcard bpf/*.[ch] tests/injector/*.[ch])
+
+root-run root-test root-demo root-bench: root-%:
+	$(call need_root,$*)@:
+
+packages:
+	$(if $(call missing,$(RUNTIME_PACKAGES)),$(call apt_install,$(call missing,$(RUNTIME_PACKAGES))),@:)
+
+test-packages:
+	$(if $(call missing,$(TEST_PACKAGES)),$(call apt_install,$(call missing,$(TEST_PACKAGES))),@:)
+
+.venv/.id:
+	@rm -rf .venv
+	@$(PYTHON) -m venv --system-site-packages .venv
+	@echo '$(VENV_ID)' >$@
+
+.venv/.installed: .venv/.id $(INPUTS)
+	@$(PIP) install --editable .
+	@touch $@
+
+.venv/.dev: .venv/.installed
+	@$(PIP) install --editable '.[dev]'
+	@touch $@

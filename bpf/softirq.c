@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * softirq_raise, softirq_entry, softirq_exit: the age of every vector that is
+ * raised and not served, and the vector in service.
+ */
+
+/* ksoftirqd_running() of kernels before 6.5 lets these two through. */
+#define VEC_NOW_MASK ((1U << VEC_HI) | (1U << VEC_TASKLET))
+
+int handle_softirq_raise(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct cpu_state *st = this_cpu_state();
+	struct watch_config *cfg = watch();
+	u32 vec = ctx->args[0];
+
+	if (!st || !cfg || vec >= VEC_COUNT)
+		return 0;
+	if (st->raised[vec] || !((cfg->vec_mask | VEC_NOW_MASK) & (1U << vec)))
+		return 0;
+	st->raised[vec] = bpf_ktime_get_ns();
+	return 0;
+}
+
+#ifndef NET_RX_ACTION_TRACED
+static __always_inline void net_rx_enter(struct cpu_state *st, u64 now)
+{
+	st->net_rx_since = now;
+}
+#endif
+
+static __always_inline void net_rx_leave(struct cpu_state *st, u64 now)
+{
+	u64 took = age(st->net_rx_since, now);
+
+	st->net_rx_since = 0;
+	st->net_rx_runs++;
+	st->net_rx_ns += took;
+	if (took > st->net_rx_max_ns)
+		st->net_rx_max_ns = took;
+}
+
+int handle_softirq_entry(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct cpu_state *st = this_cpu_state();
+	struct watch_config *cfg = watch();
+	u32 vec = ctx->args[0];
+	u64 now, wait;
+
+	if (!st || !cfg || vec >= VEC_COUNT)
+		return 0;
+	now = bpf_ktime_get_ns();
+	wait = age(st->raised[vec], now);
+	/* A raise from an interrupt up to here is served by this very run. */
+	st->raised[vec] = 0;
+	st->serving_since = now;
+	st->serving = vec + 1;
+#ifndef NET_RX_ACTION_TRACED
+	if (vec == VEC_NET_RX)
+		net_rx_enter(st, now);
+#endif
+	if (st->ksoftirqd_since && !(VEC_NOW_MASK & (1U << vec)) && !st->raised[VEC_HI] &&
+	    !st->raised[VEC_TASKLET] && bpf_get_current_task() != st->ksoftirqd)
+		st->inline_served++;
+
+	if (!cfg->threshold_ns || wait < cfg->threshold_ns || !(cfg->vec_mask & (1U << vec)))
+		return 0;
+	begin(st, cfg, now - wait);
+	if (wait > st->waited_ns[vec])
+		st->waited_ns[vec] = wait;
+	close_if_done(ctx, st, cfg, SOURCE_ENTRY, now);
+	return 0;
+}
+
+int handle_softirq_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct cpu_state *st = this_cpu_state();
+
+	if (!st)
+		return 0;
+	st->serving = 0;
+#ifndef NET_RX_ACTION_TRACED
+	if ((u32)ctx->args[0] == VEC_NET_RX)
+		net_rx_leave(st, bpf_ktime_get_ns());
+#endif
+	return 0;
+}
+
+#ifdef NET_RX_ACTION_TRACED
+static __always_inline int net_rx_action_entered(void)
+{
+	struct cpu_state *st = this_cpu_state();
+
+	if (st)
+		st->net_rx_since = bpf_ktime_get_ns();
+	return 0;
+}
+
+static __always_inline int net_rx_action_left(void)
+{
+	struct cpu_state *st = this_cpu_state();
+
+	if (st)
+		net_rx_leave(st, bpf_ktime_get_ns());
+	return 0;
+}
+#endif
+
+#ifdef NET_RX_ACTION_KFUNC
+KFUNC_PROBE(net_rx_action)
+{
+	return net_rx_action_entered();
+}
+
+KRETFUNC_PROBE(net_rx_action)
+{
+	return net_rx_action_left();
+}
+#endif
+
+#ifdef NET_RX_ACTION_KPROBE
+int handle_net_rx_action(struct pt_regs *ctx)
+{
+	return net_rx_action_entered();
+}
+
+int handle_net_rx_action_return(struct pt_regs *ctx)
+{
+	return net_rx_action_left();
+}
+#endif

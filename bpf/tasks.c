@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Task iterator: tells user space pid, name and task pointer of every kernel
+ * thread, so that the hot path compares pointers and reads no memory.
+ */
+int bpf_iter__task(struct bpf_iter__task *ctx)
+{
+	struct seq_file *seq = ctx->meta->seq;
+	struct task_struct *task = ctx->task;
+	struct task_entry entry = {};
+
+	if (!task || !(task->flags & PF_KTHREAD))
+		return 0;
+	entry.task = (u64)task;
+	entry.pid = task->pid;
+	entry.flags = task->flags;
+	bpf_probe_read_kernel(entry.comm, sizeof(entry.comm), task->comm);
+	bpf_seq_write(seq, &entry, sizeof(entry));
+	return 0;
+}

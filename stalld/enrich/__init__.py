@@ -1,0 +1,1 @@
+"""Turns bare addresses, pids and CPUs of a stall into the names a person knows."""

@@ -1,0 +1,29 @@
+"""Errors that reach a user: each says what is wrong and what to do next."""
+
+
+class StalldError(Exception):
+    """A foreseeable fault: the message names the thing and the remedy.
+
+    Attributes:
+        exit_code: what the command exits with when this ends it.
+    """
+
+    exit_code = 1
+
+
+class UsageError(StalldError):
+    """The command line or the configuration is wrong."""
+
+    exit_code = 2
+
+
+class ProbeError(StalldError):
+    """The BPF programs could not be compiled, loaded or attached."""
+
+
+class MissingAbilityError(ProbeError):
+    """This host lacks something the service cannot do without."""
+
+
+class DecodeError(StalldError):
+    """A perf-buffer record that does not follow ``bpf/records.h``."""

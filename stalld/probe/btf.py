@@ -1,0 +1,174 @@
+"""Where the running kernel keeps the fields we touch, from its BTF.
+
+BTF is read through libbpf, which bcc depends on anyway. The layout of a type
+entry is that of ``include/uapi/linux/btf.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from stalld.errors import MissingAbilityError
+
+VMLINUX_BTF = "/sys/kernel/btf/vmlinux"
+
+_INT, _PTR, _ARRAY, _STRUCT, _UNION, _ENUM, _TYPEDEF = 1, 2, 3, 4, 5, 6, 8
+_FUNC_PROTO = 13
+# volatile, const, restrict, type tag: they change nothing about the layout.
+_MODIFIERS = {_TYPEDEF, 9, 10, 11, 18}
+_ENTRY = struct.Struct("=III")
+
+
+class _Type(NamedTuple):
+    name: str
+    kind: int
+    vlen: int
+    bitfields: bool
+    size_or_type: int
+    address: int
+
+
+class Field(NamedTuple):
+    """A struct member: ``declaration`` is C with ``%s`` for its name."""
+
+    name: str
+    offset: int
+    size: int
+    declaration: str
+
+
+class Btf:
+    """Read-only view of one BTF file.
+
+    Raises:
+        MissingAbilityError: the file is missing or libbpf cannot parse it.
+    """
+
+    def __init__(self, path: str = VMLINUX_BTF) -> None:
+        self._lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
+        self._lib.btf__parse.restype = ctypes.c_void_p
+        self._lib.btf__parse.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+        self._lib.btf__free.argtypes = [ctypes.c_void_p]
+        self._lib.btf__type_by_id.restype = ctypes.c_void_p
+        self._lib.btf__type_by_id.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
+        self._lib.btf__name_by_offset.restype = ctypes.c_char_p
+        self._lib.btf__name_by_offset.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
+        self._lib.btf__find_by_name_kind.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+            ctypes.c_uint32,
+        ]
+        self.path = path
+        self._btf = self._lib.btf__parse(path.encode(), None)
+        if not self._btf:
+            raise MissingAbilityError(
+                f"cannot read the kernel's type information from {path}: "
+                f"{os.strerror(ctypes.get_errno())}; "
+                "use a kernel built with CONFIG_DEBUG_INFO_BTF=y or install its headers"
+            )
+
+    def close(self) -> None:
+        """Free libbpf's copy."""
+        self._lib.btf__free(self._btf)
+        self._btf = None
+
+    def find(self, name: str, kind: int) -> int | None:
+        """The id of a type, or None."""
+        type_id: int = self._lib.btf__find_by_name_kind(self._btf, name.encode(), kind)
+        return type_id if type_id > 0 else None
+
+    def function_id(self, name: str) -> int | None:
+        """The id of a kernel function (BTF_KIND_FUNC), or None."""
+        return self.find(name, 12)
+
+    def tracepoint_args(self, name: str) -> int | None:
+        """How many arguments the raw tracepoint ``name`` passes, or None."""
+        type_id = self.find(f"btf_trace_{name}", _TYPEDEF)
+        if type_id is None:
+            return None
+        pointer = self._type(self._type(type_id).size_or_type)
+        proto = self._type(pointer.size_or_type)
+        # The first parameter is the tracepoint's own data pointer.
+        return proto.vlen - 1 if proto.kind == _FUNC_PROTO else None
+
+    def field(self, struct_name: str, *names: str) -> Field:
+        """The first of ``names`` that is a member of ``struct_name``.
+
+        Members of anonymous structs and unions count as the struct's own.
+
+        Raises:
+            MissingAbilityError: no such struct or field; it is named.
+        """
+        type_id = self.find(struct_name, _STRUCT)
+        if type_id is None:
+            raise MissingAbilityError(f"{self.path} has no struct {struct_name}")
+        members = {name: (member, bits) for name, member, bits in self._members(type_id, 0)}
+        for name in names:
+            if name not in members:
+                continue
+            member, bits = members[name]
+            if bits % 8:
+                raise MissingAbilityError(f"{struct_name}.{name} is a bit-field in {self.path}")
+            size, declaration = self._declare(member)
+            return Field(name, bits // 8, size, declaration)
+        raise MissingAbilityError(
+            f"{self.path} has no field {struct_name}.{' or '.join(names)}: "
+            "this kernel is not supported, please report it with its version"
+        )
+
+    def _type(self, type_id: int) -> _Type:
+        address = self._lib.btf__type_by_id(self._btf, type_id)
+        name, info, size_or_type = _ENTRY.unpack(ctypes.string_at(address, _ENTRY.size))
+        return _Type(
+            self._name(name),
+            info >> 24 & 0x1F,
+            info & 0xFFFF,
+            bool(info >> 31),
+            size_or_type,
+            address + _ENTRY.size,
+        )
+
+    def _name(self, offset: int) -> str:
+        name: bytes = self._lib.btf__name_by_offset(self._btf, offset) or b""
+        return name.decode("utf-8", "replace")
+
+    def _members(self, type_id: int, base: int) -> Iterator[tuple[str, int, int]]:
+        """Name, type id and bit offset of each member."""
+        whole = self._type(type_id)
+        raw = ctypes.string_at(whole.address, whole.vlen * _ENTRY.size)
+        for name_offset, member, offset in _ENTRY.iter_unpack(raw):
+            bits = base + (offset & 0xFFFFFF if whole.bitfields else offset)
+            name = self._name(name_offset)
+            if name:
+                yield name, member, bits
+            elif self._type(member).kind in (_STRUCT, _UNION):
+                yield from self._members(member, bits)
+
+    def _declare(self, type_id: int) -> tuple[int, str]:
+        """Size and C declaration of a member's type."""
+        found = self._type(type_id)
+        while found.kind in _MODIFIERS:
+            found = self._type(found.size_or_type)
+        if found.kind == _PTR:
+            target = self._type(found.size_or_type) if found.size_or_type else None
+            if target and target.kind == _STRUCT and target.name:
+                return ctypes.sizeof(ctypes.c_void_p), f"struct {target.name} *%s"
+            return ctypes.sizeof(ctypes.c_void_p), "void *%s"
+        if found.kind in (_INT, _ENUM):
+            signed = found.kind == _INT and self._int_is_signed(found)
+            return found.size_or_type, f"{'s' if signed else 'u'}{found.size_or_type * 8} %s"
+        if found.kind == _ARRAY:
+            element, _, count = _ENTRY.unpack(ctypes.string_at(found.address, _ENTRY.size))
+            size, declaration = self._declare(element)
+            return size * count, f"{declaration}[{count}]"
+        raise MissingAbilityError(f"{self.path}: cannot declare a member of kind {found.kind}")
+
+    @staticmethod
+    def _int_is_signed(found: _Type) -> bool:
+        (encoding,) = struct.unpack("=I", ctypes.string_at(found.address, 4))
+        # BTF_INT_ENCODING; a char is signed for C but plain for us.
+        return bool(encoding >> 24 & 1) and found.size_or_type > 1

@@ -1,0 +1,232 @@
+"""bcc: compile, load, attach. Runs in the probe child only."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stalld.errors import MissingAbilityError, ProbeError
+from stalld.probe.btf import Btf
+from stalld.probe.fentry import fentry_error
+from stalld.probe.headers import distribution_headers, write_tree
+from stalld.probe.protocol import Attached, Description, Missing, Request
+
+if TYPE_CHECKING:
+    from bcc import BPF
+
+SOURCES = ("records.h", "state.h", "sched.c", "softirq.c", "tick.c", "hotplug.c", "tasks.c")
+"""One translation unit, in this order: bcc rewrites only its main file."""
+
+PROGRAMS = {
+    # What ends a wait is attached before what begins one, else an entry that
+    # was not seen would leave its vector pending for good.
+    "cpuhp_enter": "handle_cpuhp_enter",
+    "softirq_exit": "handle_softirq_exit",
+    "softirq_entry": "handle_softirq_entry",
+    "sched_switch": "handle_sched_switch",
+    "sched_wakeup": "handle_sched_wakeup",
+    "softirq_raise": "handle_softirq_raise",
+    "hrtimer_expire_entry": "handle_hrtimer_expire",
+}
+OPTIONAL = {
+    "cpuhp_enter": "a CPU taken offline in mid-stall may be reported as stalled when it returns",
+    "hrtimer_expire_entry": "no samples during a stall: stalls are seen when they end, "
+    "with the stack of that moment",
+}
+"""Hooks the service can do without, and what that means."""
+
+MAPS = ("cpus", "config", "events")
+
+_BPF_TRACE_ITER = 28
+
+
+def load(request: Request, structs_dir: Path) -> tuple[Description, list[int]]:
+    """Compile, load and attach everything this kernel allows.
+
+    Returns:
+        The description, and the descriptors it names, in its order.
+
+    Raises:
+        ProbeError: with the reason; the compiler's and the verifier's own
+            words are on stderr.
+    """
+    btf = open_btf(request.btf_path)
+    missing: list[Missing] = []
+    if btf is None:
+        flags = distribution_headers()
+    else:
+        os.environ["BCC_KERNEL_SOURCE"] = str(structs_dir)
+        flags = write_tree(structs_dir, btf)
+    for how in ("kfunc", "kprobe", "softirq"):
+        reason = _cannot_trace_net_rx_action(how, btf)
+        if reason is None:
+            try:
+                return _build(request, flags, how, btf is not None, missing)
+            except _NetRxActionError as error:
+                reason = str(error)
+        missing.append(
+            Missing(
+                f"net_rx_action by {how}",
+                reason,
+                "softirq_entry and softirq_exit of NET_RX stand in",
+            )
+        )
+    raise AssertionError("softirq always stands in")
+
+
+class _NetRxActionError(ProbeError):
+    """Only net_rx_action could not be attached: another way may work."""
+
+
+def open_btf(path: str) -> Btf | None:
+    """The kernel's BTF; None where it has none, so that headers must serve."""
+    if not Path(path).exists():
+        return None
+    return Btf(path)
+
+
+def _cannot_trace_net_rx_action(how: str, btf: Btf | None) -> str | None:
+    if how == "kfunc":
+        return fentry_error(btf, "net_rx_action") if btf else "no BTF"
+    if how == "kprobe":
+        pmu = Path("/sys/bus/event_source/devices/kprobe/type")
+        return None if pmu.exists() else "no kprobe support in this kernel (CONFIG_KPROBES)"
+    return None
+
+
+def _build(
+    request: Request, flags: list[str], how: str, with_btf: bool, missing: list[Missing]
+) -> tuple[Description, list[int]]:
+    from bcc import BPF, __version__
+
+    clock = time.monotonic()
+    flags = [*flags, f"-DNR_CPUS={request.cpus}", "-Wno-duplicate-decl-specifier"]
+    if how != "softirq":
+        flags += ["-DNET_RX_ACTION_TRACED", f"-DNET_RX_ACTION_{how.upper()}"]
+    try:
+        bpf = BPF(text=_source(Path(request.bpf_dir)).encode(), cflags=flags)
+    except Exception as error:
+        # bcc raises bare Exception for everything.
+        if how == "kfunc" and "kfunc" in str(error):
+            raise _NetRxActionError(str(error)) from error
+        raise ProbeError(f"the BPF programs were refused: {error}") from error
+    compiled = time.monotonic()
+
+    fds = {f"map:{name}": int(bpf[name].map_fd) for name in MAPS}
+    attached: list[Attached] = []
+    if how != "softirq":
+        fds |= _attach_net_rx_action(bpf, how, attached)
+    if with_btf:
+        fds["iter:task"] = _task_iterator(bpf, attached, missing)
+    for hook in request.hooks or PROGRAMS:
+        fd = _attach_raw_tracepoint(bpf, hook, PROGRAMS.get(hook, ""), missing)
+        if fd is not None:
+            fds[f"link:{hook}"] = fd
+            attached.append(Attached(hook, "raw_tracepoint"))
+    # A slot that could not be filled carries no descriptor.
+    fds = {name: fd for name, fd in fds.items() if fd >= 0}
+    description = Description(
+        structs="btf" if with_btf else "headers",
+        net_rx_action=how,
+        attached=attached,
+        missing=missing,
+        fds=list(fds),
+        bcc_version=str(__version__),
+        compile_ms=round((compiled - clock) * 1e3, 1),
+        attach_ms=round((time.monotonic() - compiled) * 1e3, 1),
+    )
+    return description, list(fds.values())
+
+
+def _source(bpf_dir: Path) -> str:
+    """All sources as one text, with lines that keep the compiler's messages true."""
+    parts = ['#include <linux/types.h>\n#ifdef STALLD_STRUCTS_FROM_BTF\n'
+             "#include <stalld_structs.h>\n#else\n#include <linux/sched.h>\n#endif\n"]
+    for name in SOURCES:
+        try:
+            parts.append(f'#line 1 "bpf/{name}"\n{(bpf_dir / name).read_text()}')
+        except OSError as error:
+            raise ProbeError(f"cannot read the BPF source {bpf_dir / name}: {error}") from error
+    return "\n".join(parts)
+
+
+def _attach_raw_tracepoint(
+    bpf: BPF, hook: str, program: str, missing: list[Missing]
+) -> int | None:
+    try:
+        function = bpf.load_func(program.encode(), bpf.RAW_TRACEPOINT)
+    except Exception as error:
+        # The message of a bare Exception; the verifier's words are on stderr.
+        raise ProbeError(f"the kernel refused the program for {hook}: {error}") from error
+    fd = int(_libbpf().bpf_raw_tracepoint_open(hook.encode(), function.fd))
+    if fd >= 0:
+        return fd
+    reason = os.strerror(ctypes.get_errno())
+    if hook in OPTIONAL:
+        missing.append(Missing(f"raw tracepoint {hook}", reason, OPTIONAL[hook]))
+        return None
+    raise MissingAbilityError(
+        f"cannot attach to the raw tracepoint {hook}: {reason}; "
+        "the service needs it, so this kernel (built without it?) is not supported"
+    )
+
+
+def _attach_net_rx_action(bpf: BPF, how: str, attached: list[Attached]) -> dict[str, int]:
+    if how == "kfunc":
+        # bcc attached these two when it loaded the module.
+        fds = {
+            "link:net_rx_action": next(iter(bpf.kfunc_entry_fds.values())),
+            "link:net_rx_action return": next(iter(bpf.kfunc_exit_fds.values())),
+        }
+    else:
+        try:
+            bpf.attach_kprobe(event=b"net_rx_action", fn_name=b"handle_net_rx_action")
+            bpf.attach_kretprobe(event=b"net_rx_action", fn_name=b"handle_net_rx_action_return")
+        except Exception as error:
+            raise _NetRxActionError(str(error)) from error
+        entry, leave = _kprobe_fds(bpf)
+        fds = {"link:net_rx_action": entry, "link:net_rx_action return": leave}
+    attached += [Attached("net_rx_action", how), Attached("net_rx_action return", how)]
+    return fds
+
+
+def _kprobe_fds(bpf: BPF) -> tuple[int, int]:
+    """bcc 0.26 keeps event name → {program name → descriptor}."""
+    fds: list[Any] = []
+    for value in bpf.kprobe_fds.values():
+        fds += value.values() if isinstance(value, dict) else [value]
+    entry, leave = fds
+    return int(entry), int(leave)
+
+
+def _task_iterator(bpf: BPF, attached: list[Attached], missing: list[Missing]) -> int:
+    """A link whose every iterator lists the kernel threads, or -1."""
+    try:
+        function = bpf.load_func(b"bpf_iter__task", bpf.TRACING)
+        reason = ""
+    except Exception as error:
+        # The message of a bare Exception; the service can do without.
+        reason = str(error)
+    fd = -1
+    if not reason:
+        fd = int(_libbpf().bpf_link_create(function.fd, 0, _BPF_TRACE_ITER, None))
+        reason = os.strerror(ctypes.get_errno()) if fd < 0 else ""
+    if fd < 0:
+        effect = "each CPU learns its ksoftirqd when that is first woken; till then wake-ups cost more"
+        missing.append(Missing("task iterator", reason, effect))
+    else:
+        attached.append(Attached("task", "iterator"))
+    return fd
+
+
+def _libbpf() -> ctypes.CDLL:
+    return ctypes.CDLL("libbpf.so.1", use_errno=True)
+
+
+def structs_directory() -> tempfile.TemporaryDirectory[str]:
+    """Where the header tree is written; gone with the child."""
+    return tempfile.TemporaryDirectory(prefix="softirq-stalld-")

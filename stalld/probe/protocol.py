@@ -1,0 +1,116 @@
+"""What the daemon and its probe child tell each other.
+
+The daemon starts the child with one end of a socket pair as standard input and
+writes a :class:`Request`; the child answers once, with descriptors and a
+:class:`Description` or with an error, and exits.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from stalld.errors import ProbeError
+
+_LENGTH = struct.Struct("=I")
+_MAX_FDS = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to load.
+
+    Attributes:
+        cpus: possible CPUs; one state each.
+        bpf_dir: where the C sources are.
+        btf_path: the kernel's BTF.
+        hooks: raw tracepoints to attach; empty for all.
+    """
+
+    cpus: int
+    bpf_dir: str
+    btf_path: str
+    hooks: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Attached:
+    """One hook in use and how: raw_tracepoint, kfunc, kprobe or iterator."""
+
+    hook: str
+    how: str
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something this kernel refused, why, and what that means for detection."""
+
+    ability: str
+    reason: str
+    effect: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What was attached; ``fds`` names the descriptors in the order sent.
+
+    Names are ``map:NAME``, ``link:HOOK`` and ``iter:task``. ``net_rx_action``
+    is ``kfunc``, ``kprobe`` or ``softirq`` (entry and exit of NET_RX stand in).
+    """
+
+    structs: str
+    net_rx_action: str
+    attached: list[Attached]
+    missing: list[Missing]
+    fds: list[str]
+    bcc_version: str
+    compile_ms: float
+    attach_ms: float
+
+
+def send(sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
+    """Write one message with its descriptors."""
+    body = json.dumps(message).encode()
+    socket.send_fds(sock, [_LENGTH.pack(len(body))], fds)
+    sock.sendall(body)
+
+
+def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Read one message with its descriptors.
+
+    Raises:
+        EOFError: the other side closed first.
+    """
+    head, fds, _, _ = socket.recv_fds(sock, _LENGTH.size, _MAX_FDS)
+    if len(head) < _LENGTH.size:
+        raise EOFError("no message")
+    (length,) = _LENGTH.unpack(head)
+    body = bytearray()
+    while len(body) < length:
+        chunk = sock.recv(length - len(body))
+        if not chunk:
+            raise EOFError("the message was cut short")
+        body += chunk
+    message = json.loads(body)
+    if not isinstance(message, dict):
+        raise ProbeError("the probe child sent something that is not a message")
+    return message, list(fds)
+
+
+def request_message(request: Request) -> dict[str, Any]:
+    """A request as a message."""
+    return asdict(request)
+
+
+def description_from(message: dict[str, Any]) -> Description:
+    """The inverse of ``asdict(description)``."""
+    return Description(
+        **{
+            **message,
+            "attached": [Attached(**item) for item in message["attached"]],
+            "missing": [Missing(**item) for item in message["missing"]],
+        }
+    )

@@ -1,0 +1,264 @@
+"""The life of ``softirq-stalld run``: start, detect, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from structlog.typing import FilteringBoundLogger
+
+from stalld import __version__, events
+from stalld.enrich.kallsyms import Kallsyms
+from stalld.enrich.ksymbols import KsymbolError, KsymbolFeed
+from stalld.enrich.symbols import SymbolTable
+from stalld.errors import DecodeError, StalldError
+from stalld.pipeline import Pipeline
+from stalld.probe.client import Probes, load_probes, possible_cpus
+from stalld.reader import PerfReader
+from stalld.records import VECTORS
+from stalld.sinks.emitter import Emitter
+from stalld.state import Maps, iterate_tasks, ksoftirqd_pids
+from stalld.track.stall import Tracker
+
+EXPIRE_EVERY_S = 0.1
+"""How often to look for lost closing records, while a stall is open."""
+LEARN_EVERY_S = 30.0
+"""How often to look for new or restarted kernel threads."""
+RELOAD_EVERY_S = 5.0
+"""The kernel's symbols are not read again sooner."""
+
+# include/uapi/linux/time.h; Python has no name for it.
+_CLOCK_MONOTONIC_COARSE = 6
+
+WATCHED = ("HI", "TIMER", "NET_TX", "NET_RX", "BLOCK", "IRQ_POLL", "TASKLET", "HRTIMER")
+MAX_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asks for. ``duration_s`` None: until stopped."""
+
+    threshold_ms: float = 10.0
+    duration_s: float | None = None
+
+    @property
+    def threshold_ns(self) -> int:
+        """The threshold in nanoseconds."""
+        return round(self.threshold_ms * 1e6)
+
+
+def tick_ns() -> int:
+    """The scheduler tick's period in ns: the coarse clock moves once a tick."""
+    return round(time.clock_getres(_CLOCK_MONOTONIC_COARSE) * 1e9)
+
+
+def clocks_ns() -> tuple[int, int]:
+    """CLOCK_MONOTONIC and CLOCK_REALTIME, read one after the other."""
+    return time.monotonic_ns(), time.time_ns()
+
+
+class Service:
+    """Detects until a signal, the end of its time or a fault stops it."""
+
+    def __init__(self, settings: Settings, emitter: Emitter, log: FilteringBoundLogger) -> None:
+        self._settings = settings
+        self._emitter = emitter
+        self._log = log
+        self._stopped = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._expiring: asyncio.Task[None] | None = None
+        self._reloading: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Everything from start-up to the ``stopped`` event.
+
+        Raises:
+            StalldError: it cannot start or go on; the message says why.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._interrupt)
+        started_ns = time.monotonic_ns()
+        child = load_probes()
+        # The kernel's symbols are read while the child compiles.
+        kallsyms, probes = await asyncio.gather(
+            asyncio.to_thread(_load_kallsyms), asyncio.to_thread(child.result)
+        )
+        try:
+            self._attach(probes, kallsyms, started_ns)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.duration_s):
+                    await self._stopped.wait()
+            self._detach()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            probes.close()
+        if self._failure is not None:
+            raise self._failure
+        self._emit_stopped(started_ns)
+
+    def _attach(self, probes: Probes, kallsyms: Kallsyms, started_ns: int) -> None:
+        fds = probes.fds
+        self._probes = probes
+        self._maps = Maps(fds["map:cpus"], fds["map:config"], possible_cpus())
+        watched = self._learn()
+        self._feed = self._open_feed()
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        self._pipeline = Pipeline(
+            Tracker(self._settings.threshold_ns, self._maps.serves_inline),
+            SymbolTable(kallsyms, self._feed),
+            self._emitter,
+            id_prefix=f"{boot_id}-{started_ns:x}",
+            sampler="tick" if "link:hrtimer_expire_entry" in fds else "none",
+            clocks_ns=clocks_ns,
+            on_bad_record=self._log_bad_record,
+        )
+        self._reader = PerfReader(fds["map:events"], self._pipeline.take, self._pipeline.take_lost)
+        asyncio.get_running_loop().add_reader(self._reader.fd, self._read)
+        self._maps.watch(
+            self._settings.threshold_ns,
+            tick_ns(),
+            sum(1 << VECTORS.index(name) for name in WATCHED),
+            MAX_SAMPLES,
+        )
+        # Nothing is read before this returns to the loop, so it is the first event.
+        self._emit_started(watched, kallsyms.hidden)
+        self._tasks.append(asyncio.create_task(self._relearn()))
+
+    def _detach(self) -> None:
+        """Stop recording, read what is left, close what is open."""
+        self._maps.stop()
+        asyncio.get_running_loop().remove_reader(self._reader.fd)
+        if self._failure is None:
+            self._reader.consume()
+            self._pipeline.finish()
+        self._reader.close()
+        if self._feed is not None:
+            self._feed.close()
+
+    def _interrupt(self) -> None:
+        self._stopped.set()
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
+        self._stopped.set()
+
+    def _read(self) -> None:
+        """The perf buffers have something."""
+        try:
+            self._reader.consume()
+        except BrokenPipeError:
+            self._fail(StalldError("nobody reads standard output any more: stopping"))
+        except Exception as error:
+            self._fail(error)
+        if self._pipeline.tracker.open and (self._expiring is None or self._expiring.done()):
+            self._expiring = asyncio.create_task(self._expire())
+        if self._pipeline.symbols.needs_reload and (
+            self._reloading is None or self._reloading.done()
+        ):
+            self._reloading = asyncio.create_task(self._reload())
+
+    async def _expire(self) -> None:
+        """Look for lost closing records as long as a stall is open."""
+        while self._pipeline.tracker.open:
+            await asyncio.sleep(EXPIRE_EVERY_S)
+            self._read()
+            self._pipeline.expire(self._maps.stall)
+
+    async def _reload(self) -> None:
+        """Read the kernel's symbols again, then rest."""
+        self._pipeline.symbols.replace(await asyncio.to_thread(_load_kallsyms))
+        await asyncio.sleep(RELOAD_EVERY_S)
+
+    async def _relearn(self) -> None:
+        """Kernel threads come with new CPUs, and may be restarted."""
+        while True:
+            await asyncio.sleep(LEARN_EVERY_S)
+            self._learn()
+
+    def _learn(self) -> dict[int, int]:
+        link = self._probes.fds.get("iter:task")
+        if link is not None:
+            return self._maps.learn_ksoftirqd(iterate_tasks(link))
+        pids = ksoftirqd_pids()
+        self._maps.learn_ksoftirqd_pids(pids)
+        return pids
+
+    def _open_feed(self) -> KsymbolFeed | None:
+        try:
+            return KsymbolFeed.open(sorted(os.sched_getaffinity(0)))
+        except KsymbolError as error:
+            self._log.info("new BPF programs are named only after a reload", reason=str(error))
+            return None
+
+    def _log_bad_record(self, error: DecodeError) -> None:
+        self._log.error("undecodable record", reason=str(error))
+
+    def _emit_started(self, ksoftirqd: dict[int, int], hidden: bool) -> None:
+        description = self._probes.description
+        missing = events.missing(description.missing)
+        if hidden:
+            missing.append(
+                {
+                    "ability": "kernel symbols",
+                    "reason": "the kernel hides its addresses (CAP_SYSLOG is missing, or "
+                    "kernel.kptr_restrict is 2)",
+                    "effect": "stacks are bare addresses; modes and verdicts are unknown",
+                }
+            )
+        self._emitter.emit(
+            "started",
+            "info",
+            {
+                "version": __version__,
+                "kernel": platform.release(),
+                "threshold_ms": self._settings.threshold_ms,
+                "tick_ms": events.milliseconds(tick_ns()),
+                "vectors": list(WATCHED),
+                "cpus": len(ksoftirqd),
+                "sampler": "tick" if "link:hrtimer_expire_entry" in self._probes.fds else "none",
+                "net_rx_action": description.net_rx_action,
+                "structs": description.structs,
+                "attached": [f"{item.hook} ({item.how})" for item in description.attached],
+                "missing": missing,
+                "serves_inline": self._maps.serves_inline(),
+            },
+        )
+
+    def _emit_stopped(self, started_ns: int) -> None:
+        maps, pipeline = self._maps, self._pipeline
+        self._emitter.emit(
+            "stopped",
+            "info",
+            {
+                "uptime_ms": events.milliseconds(time.monotonic_ns() - started_ns),
+                "stalls": pipeline.stalls,
+                "records": pipeline.records,
+                "records_lost": max(pipeline.lost, maps.total("lost")),
+                "records_undecodable": pipeline.undecodable,
+                "stale_tasks": maps.total("stale"),
+                "missed_services": maps.total("missed"),
+                "net_rx_runs": maps.total("net_rx_runs"),
+                "net_rx_ms": events.milliseconds(maps.total("net_rx_ns")),
+                "net_rx_max_ms": events.milliseconds(max(s.net_rx_max_ns for s in maps.cpus)),
+                "serves_inline": maps.serves_inline(),
+            },
+        )
+
+
+def _load_kallsyms() -> Kallsyms:
+    try:
+        return Kallsyms.load()
+    except OSError as error:
+        raise StalldError(
+            f"cannot read the kernel's symbols: {error}; "
+            "mount /proc and use a kernel with CONFIG_KALLSYMS=y"
+        ) from error

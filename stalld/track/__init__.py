@@ -1,0 +1,1 @@
+"""From records to stalls: pure state machines without a clock of their own."""
