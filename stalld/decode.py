@@ -39,7 +39,7 @@ def decode(data: bytes | memoryview) -> StallRecord:
     if len(data) < HEAD.size:
         raise DecodeError(f"record of {len(data)} bytes is shorter than its head ({HEAD.size})")
     head = HEAD.unpack_from(data)
-    kernel_bytes, user_bytes, comm = head[_SIZES : _USER_STACK]
+    kernel_bytes, user_bytes, comm = head[_SIZES:_USER_STACK]
     if kernel_bytes % 8 or user_bytes % 8 or user_bytes > USER_STACK_DEPTH * 8:
         raise DecodeError(f"impossible stack sizes of {kernel_bytes} and {user_bytes} bytes")
     if HEAD.size + kernel_bytes > len(data):
@@ -50,15 +50,17 @@ def decode(data: bytes | memoryview) -> StallRecord:
         record_type, source = RecordType(head[0]), Source(head[1])
     except ValueError as error:
         raise DecodeError(f"unknown record: {error}") from None
-    return StallRecord(
-        record_type,
-        source,
-        *head[2:_FIRST_WAIT],
-        head[_FIRST_WAIT:_AFTER_WAITS],
-        *head[_AFTER_WAITS:_SIZES],
-        comm.split(b"\0", 1)[0],
-        struct.unpack_from(f"={kernel_bytes // 8}Q", data, HEAD.size),
-        head[_USER_STACK : _USER_STACK + user_bytes // 8],
+    return StallRecord._make(
+        (
+            record_type,
+            source,
+            *head[2:_FIRST_WAIT],
+            head[_FIRST_WAIT:_AFTER_WAITS],
+            *head[_AFTER_WAITS:_SIZES],
+            comm.split(b"\0", 1)[0],
+            struct.unpack_from(f"={kernel_bytes // 8}Q", data, HEAD.size),
+            head[_USER_STACK : _USER_STACK + user_bytes // 8],
+        )
     )
 
 

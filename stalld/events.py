@@ -41,7 +41,7 @@ def text(raw: bytes) -> str:
 
 
 def stall_level(update: Update, threshold_ns: int) -> str:
-    """``info`` when nothing starved, else ``warning``, from 10 × the threshold ``error``."""
+    """``info`` when nothing starved, else ``warning``, from 10 times the threshold ``error``."""
     longest = max(update.starved.values(), default=0)
     if not longest:
         return "info"

@@ -79,13 +79,6 @@ class StallRecord(NamedTuple):
     user_stack: tuple[int, ...]
 
 
-class LostRecords(NamedTuple):
-    """The perf buffer of ``cpu`` had no room for ``count`` records."""
-
-    cpu: int
-    count: int
-
-
 class TaskEntry(NamedTuple):
     """A kernel thread as the task iterator reports it."""
 

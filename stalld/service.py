@@ -7,9 +7,11 @@ import os
 import platform
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
@@ -20,7 +22,7 @@ from stalld.enrich.symbols import SymbolTable
 from stalld.errors import DecodeError, StalldError
 from stalld.pipeline import Pipeline
 from stalld.probe.client import Probes, load_probes, possible_cpus
-from stalld.reader import PerfReader
+from stalld.reader import PerfReader, ReaderThread, split
 from stalld.records import VECTORS
 from stalld.sinks.emitter import Emitter
 from stalld.state import Maps, iterate_tasks, ksoftirqd_pids
@@ -75,6 +77,7 @@ class Service:
         self._tasks: list[asyncio.Task[None]] = []
         self._expiring: asyncio.Task[None] | None = None
         self._reloading: asyncio.Task[None] | None = None
+        self._thread: ReaderThread | None = None
 
     async def run(self) -> None:
         """Everything from start-up to the ``stopped`` event.
@@ -86,6 +89,8 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._interrupt)
         started_ns = time.monotonic_ns()
+        # Before the child: what it loads is announced too.
+        self._feed = self._open_feed()
         child = load_probes()
         # The kernel's symbols are read while the child compiles.
         kallsyms, probes = await asyncio.gather(
@@ -110,7 +115,6 @@ class Service:
         self._probes = probes
         self._maps = Maps(fds["map:cpus"], fds["map:config"], possible_cpus())
         watched = self._learn()
-        self._feed = self._open_feed()
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
         self._pipeline = Pipeline(
             Tracker(self._settings.threshold_ns, self._maps.serves_inline),
@@ -122,7 +126,7 @@ class Service:
             on_bad_record=self._log_bad_record,
         )
         self._reader = PerfReader(fds["map:events"], self._pipeline.take, self._pipeline.take_lost)
-        asyncio.get_running_loop().add_reader(self._reader.fd, self._read)
+        self._start_reading()
         self._maps.watch(
             self._settings.threshold_ns,
             tick_ns(),
@@ -136,7 +140,11 @@ class Service:
     def _detach(self) -> None:
         """Stop recording, read what is left, close what is open."""
         self._maps.stop()
-        asyncio.get_running_loop().remove_reader(self._reader.fd)
+        loop = asyncio.get_running_loop()
+        for cpu in self._near:
+            loop.remove_reader(self._reader.fd(cpu))
+        if self._thread is not None:
+            self._thread.stop()
         if self._failure is None:
             self._reader.consume()
             self._pipeline.finish()
@@ -144,21 +152,45 @@ class Service:
         if self._feed is not None:
             self._feed.close()
 
+    def _start_reading(self) -> None:
+        """Each half of the CPUs is read from the other half, never from itself."""
+        loop = asyncio.get_running_loop()
+        here, there = split(self._reader.cpus, os.sched_getaffinity(0))
+        far = [cpu for cpu in self._reader.cpus if cpu in here] if there else []
+        self._near = [cpu for cpu in self._reader.cpus if cpu not in far]
+        # One by one: a perf buffer tells only once that it is readable, which
+        # is lost on the way through a second epoll descriptor.
+        for cpu in self._near:
+            loop.add_reader(self._reader.fd(cpu), self._read, [cpu])
+        if there:
+            os.sched_setaffinity(0, here)
+            self._thread = ReaderThread(
+                self._reader,
+                far,
+                there,
+                lambda: _from_thread(loop, self._follow_up),
+                lambda error: _from_thread(loop, self._fail, error),
+            )
+
     def _interrupt(self) -> None:
         self._stopped.set()
 
     def _fail(self, error: BaseException) -> None:
-        self._failure = error
+        if isinstance(error, BrokenPipeError):
+            error = StalldError("nobody reads standard output any more: stopping")
+        self._failure = self._failure or error
         self._stopped.set()
 
-    def _read(self) -> None:
-        """The perf buffers have something."""
+    def _read(self, cpus: list[int] | None = None) -> None:
+        """The perf buffers have something; all of them where none is named."""
         try:
-            self._reader.consume()
-        except BrokenPipeError:
-            self._fail(StalldError("nobody reads standard output any more: stopping"))
-        except Exception as error:
+            self._reader.consume(cpus)
+        except Exception as error:  # noqa: BLE001 - run() raises it again
             self._fail(error)
+        self._follow_up()
+
+    def _follow_up(self) -> None:
+        """Start what the records just read ask for."""
         if self._pipeline.tracker.open and (self._expiring is None or self._expiring.done()):
             self._expiring = asyncio.create_task(self._expire())
         if self._pipeline.symbols.needs_reload and (
@@ -171,11 +203,14 @@ class Service:
         while self._pipeline.tracker.open:
             await asyncio.sleep(EXPIRE_EVERY_S)
             self._read()
-            self._pipeline.expire(self._maps.stall)
+            with self._reader.lock:
+                self._pipeline.expire(self._maps.stall)
 
     async def _reload(self) -> None:
         """Read the kernel's symbols again, then rest."""
-        self._pipeline.symbols.replace(await asyncio.to_thread(_load_kallsyms))
+        kallsyms = await asyncio.to_thread(_load_kallsyms)
+        with self._reader.lock:
+            self._pipeline.symbols.replace(kallsyms)
         await asyncio.sleep(RELOAD_EVERY_S)
 
     async def _relearn(self) -> None:
@@ -252,6 +287,12 @@ class Service:
                 "serves_inline": maps.serves_inline(),
             },
         )
+
+
+def _from_thread(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: Any) -> None:
+    """Have the loop call; a loop that is closed already has nothing to do."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *args)
 
 
 def _load_kallsyms() -> Kallsyms:

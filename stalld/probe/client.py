@@ -42,7 +42,7 @@ class ProbeChild:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "stalld.probe"],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=self._log,
                 cwd="/",

@@ -144,8 +144,10 @@ def _build(
 
 def _source(bpf_dir: Path) -> str:
     """All sources as one text, with lines that keep the compiler's messages true."""
-    parts = ['#include <linux/types.h>\n#ifdef STALLD_STRUCTS_FROM_BTF\n'
-             "#include <stalld_structs.h>\n#else\n#include <linux/sched.h>\n#endif\n"]
+    parts = [
+        "#include <linux/types.h>\n#ifdef STALLD_STRUCTS_FROM_BTF\n"
+        "#include <stalld_structs.h>\n#else\n#include <linux/sched.h>\n#endif\n"
+    ]
     for name in SOURCES:
         try:
             parts.append(f'#line 1 "bpf/{name}"\n{(bpf_dir / name).read_text()}')
@@ -154,9 +156,7 @@ def _source(bpf_dir: Path) -> str:
     return "\n".join(parts)
 
 
-def _attach_raw_tracepoint(
-    bpf: BPF, hook: str, program: str, missing: list[Missing]
-) -> int | None:
+def _attach_raw_tracepoint(bpf: BPF, hook: str, program: str, missing: list[Missing]) -> int | None:
     try:
         function = bpf.load_func(program.encode(), bpf.RAW_TRACEPOINT)
     except Exception as error:
@@ -216,7 +216,9 @@ def _task_iterator(bpf: BPF, attached: list[Attached], missing: list[Missing]) -
         fd = int(_libbpf().bpf_link_create(function.fd, 0, _BPF_TRACE_ITER, None))
         reason = os.strerror(ctypes.get_errno()) if fd < 0 else ""
     if fd < 0:
-        effect = "each CPU learns its ksoftirqd when that is first woken; till then wake-ups cost more"
+        effect = (
+            "each CPU learns its ksoftirqd when that is first woken; till then wake-ups cost more"
+        )
         missing.append(Missing("task iterator", reason, effect))
     else:
         attached.append(Attached("task", "iterator"))

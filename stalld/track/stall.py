@@ -251,7 +251,8 @@ class Tracker:
             ksoftirqd_wait_ns=stall.ksoftirqd_wait_ns,
             blocker=_blocker(culprit),
             kernel_stack=culprit.frames if culprit else (),
-            user_stack=record.user_stack if record else (),
+            # The walker may end on a null frame pointer.
+            user_stack=tuple(a for a in record.user_stack if a) if record else (),
             captured=("during" if during else "after") if culprit else "none",
             samples=len(stall.observations),
             expected=max(stall.expected, len(stall.observations)),

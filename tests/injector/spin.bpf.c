@@ -6,7 +6,7 @@
  *   preempt_off     raw_tp sys_enter, in one task's getppid(): preemption off
  *   bh_off          tc egress, inside sendto(): bottom halves off
  *   irqs_off        test run from another CPU: in an IPI, interrupts off
- *   irqs_off_timer  raw_tp hrtimer_expire_entry: in the tick, interrupts off
+ *   irqs_off_timer  raw_tp local_timer_entry: in the tick, interrupts off (x86)
  *   softirq_hog     tc ingress: inside the NET_RX handler
  *
  * The loops are global functions: the verifier looks at each once, so that no
@@ -127,15 +127,92 @@ int stall_preempt_off(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct order *order = the_order();
 	struct truth *truth;
+	__u64 spin_ns;
 
 	if (!order || !order->spin_ns || (__s64)ctx->args[1] != order->syscall ||
 	    (__u32)bpf_get_current_pid_tgid() != order->tid)
 		return 0;
-	truth = begin(take(order));
+	spin_ns = take(order);
+	truth = begin(spin_ns);
 	if (!truth)
 		return 0;
 	note_current(truth);
-	injected_spin_preempt_off(truth->start_ns + order_spin_ns);
+	injected_spin_preempt_off(truth->start_ns + spin_ns);
 	truth->end_ns = bpf_ktime_get_ns();
 	return 0;
 }
+
+/* Loaded and test run only, never attached: the IPI decides where it runs. */
+SEC("raw_tp/sched_switch")
+int stall_irqs_off(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct order *order = the_order();
+	struct truth *truth;
+	__u64 spin_ns;
+
+	if (!order)
+		return 0;
+	spin_ns = take(order);
+	truth = begin(spin_ns);
+	if (!truth)
+		return 0;
+	note_current(truth);
+	injected_spin_irqs_off(truth->start_ns + spin_ns);
+	truth->end_ns = bpf_ktime_get_ns();
+	return 0;
+}
+
+SEC("raw_tp/local_timer_entry")
+int stall_irqs_off_timer(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct order *order = the_order();
+	struct truth *truth;
+	__u64 spin_ns;
+
+	if (!order || !order->spin_ns || (__u32)bpf_get_current_pid_tgid() != order->tid)
+		return 0;
+	spin_ns = take(order);
+	truth = begin(spin_ns);
+	if (!truth)
+		return 0;
+	note_current(truth);
+	injected_spin_irqs_off_timer(truth->start_ns + spin_ns);
+	truth->end_ns = bpf_ktime_get_ns();
+	return 0;
+}
+
+SEC("tc")
+int stall_bh_off(struct __sk_buff *skb)
+{
+	__u64 spin_ns = (skb->mark & MARK_US) * USEC;
+	struct truth *truth;
+
+	if ((skb->mark & ~MARK_US) != MARK_BH_OFF)
+		return TC_ACT_OK;
+	truth = begin(spin_ns);
+	if (!truth)
+		return TC_ACT_SHOT;
+	truth->tgid = 0;
+	injected_spin_bh_off(truth->start_ns + spin_ns);
+	truth->end_ns = bpf_ktime_get_ns();
+	return TC_ACT_SHOT;
+}
+
+SEC("tc")
+int stall_softirq_hog(struct __sk_buff *skb)
+{
+	__u64 spin_ns = (skb->mark & MARK_US) * USEC;
+	struct truth *truth;
+
+	if ((skb->mark & ~MARK_US) != MARK_SOFTIRQ_HOG)
+		return TC_ACT_OK;
+	truth = begin(spin_ns);
+	if (!truth)
+		return TC_ACT_SHOT;
+	truth->tgid = 0;
+	injected_spin_softirq_hog(truth->start_ns + spin_ns);
+	truth->end_ns = bpf_ktime_get_ns();
+	return TC_ACT_SHOT;
+}
+
+char _license[] SEC("license") = "GPL";

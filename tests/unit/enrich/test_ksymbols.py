@@ -9,11 +9,17 @@ from hypothesis import strategies as st
 from stalld.enrich.ksymbols import Drained, Ksymbol, decode
 from stalld.errors import DecodeError
 
-# Taken from a ring on 6.18: a program is loaded and unloaded.
+# Taken from a ring on 6.18, x86-64: a program of two instructions is loaded, then unloaded.
+NAME = b"bpf_prog_59f4a931744dcdc6_probe_me"
 LOADED = bytes.fromhex(
-    "11000000 0000 5000 58d204c0ffffffff 14000000 0100 0000"
-    "6270665f70726f675f353966346139333137343464636463365f70726f62655f6d65 000000000000"
-    "39c3ccff19020000"
+    "1100000000004800182102c0ffffffff1400000001000000"
+    "6270665f70726f675f353966346139333137343464636463365f70726f62655f6d65"
+    "000000000000f61462e18b040000"
+)
+UNLOADED = bytes.fromhex(
+    "1100000000004800182102c0ffffffff1400000001000100"
+    "6270665f70726f675f353966346139333137343464636463365f70726f62655f6d65"
+    "000000000000087962e18b040000"
 )
 
 
@@ -24,18 +30,13 @@ def ksymbol(address: int, length: int, kind: int, flags: int, name: bytes, time_
     return struct.pack("=IHH", 17, 0, 8 + len(body)) + body
 
 
-def test_real_record() -> None:
-    """A record of a real kernel gives address, length, name and time."""
-    assert decode(LOADED) == Drained(
+def test_real_records() -> None:
+    """Records of a real kernel give address, length, name, time and what happened."""
+    address = 0xFFFFFFFFC0022118
+    assert decode(LOADED + UNLOADED) == Drained(
         (
-            Ksymbol(
-                0x219FFCCC339,
-                0xFFFFFFFFC004D258,
-                20,
-                b"bpf_prog_59f4a931744dcdc6_probe_me",
-                bpf=True,
-                removed=False,
-            ),
+            Ksymbol(4998828266742, address, 20, NAME, bpf=True, removed=False),
+            Ksymbol(4998828292360, address, 20, NAME, bpf=True, removed=True),
         ),
         lost=False,
     )

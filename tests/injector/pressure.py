@@ -1,0 +1,137 @@
+"""Network pressure on one CPU: packets sent from another one that it has to receive."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from tests.injector.child import Child
+from tests.injector.kinds import InjectorError, Mode
+from tests.injector.system import other_cpu
+
+PROBE = struct.Struct("=QQ")
+"""send_ns, rtt_ns; rtt_ns is 0 until the answer is there."""
+
+
+class Probe(NamedTuple):
+    """One measured ping.
+
+    Attributes:
+        send_ns: CLOCK_MONOTONIC.
+        rtt_ns: round trip, None when there was no answer (yet).
+    """
+
+    send_ns: int
+    rtt_ns: int | None
+
+
+class Pressure:
+    """A veth pair into a namespace, its host end received on ``cpu``, and a sender elsewhere.
+
+    Namespace and veth pair belong to a child process; the kernel removes them with it. Two
+    pressures on one CPU, say a ping beside a flood, do not disturb each other.
+
+    Args:
+        cpu: that receives.
+        mode: PING measures all the time; FLOOD sends within :meth:`flooding` only; NONE is none.
+        from_cpu: that sends; any other one by default.
+        interval_ms: between pings.
+        packet_cost_us: time the receiver takes for a flooded packet.
+        competitor: whether a user-mode task competes for ``cpu`` within :meth:`flooding`: the
+            kernel wakes ksoftirqd when softirqs are left over and another task should run.
+    """
+
+    def __init__(
+        self,
+        cpu: int,
+        mode: Mode,
+        *,
+        from_cpu: int | None = None,
+        interval_ms: float = 2.0,
+        packet_cost_us: float = 5.0,
+        competitor: bool = True,
+    ) -> None:
+        self.cpu = cpu
+        self.mode = mode
+        self.interface = ""
+        self._from_cpu = from_cpu
+        self._interval_ms = interval_ms
+        self._packet_cost_us = packet_cost_us
+        self._competitor = competitor
+        self._child: Child | None = None
+        self._probes = -1
+
+    def __enter__(self) -> Self:
+        if self.mode is Mode.NONE:
+            return self
+        from_cpu = other_cpu(self.cpu) if self._from_cpu is None else self._from_cpu
+        self._probes = os.memfd_create("injector-probes", os.MFD_CLOEXEC)
+        try:
+            self._child = Child("netns", [], [self._probes])
+            answer = self._child.call(
+                {
+                    "what": "set up",
+                    "mode": self.mode,
+                    "cpu": self.cpu,
+                    "from_cpu": from_cpu,
+                    "interval_ms": self._interval_ms,
+                    "packet_cost_us": self._packet_cost_us,
+                    "competitor": self._competitor,
+                    "probes_fd": self._probes,
+                }
+            )
+        except BaseException:
+            self.close()
+            raise
+        self.interface = answer["interface"]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the sender and remove the interface; may be called twice."""
+        if self.interface:
+            # The kernel would do it too, but some time after the child's end.
+            subprocess.run(
+                ["ip", "link", "delete", self.interface], capture_output=True, check=False
+            )
+            self.interface = ""
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+        if self._probes >= 0:
+            os.close(self._probes)
+            self._probes = -1
+
+    @contextmanager
+    def flooding(self) -> Iterator[None]:
+        """Flood the CPU meanwhile; without effect in the other modes."""
+        if self.mode is not Mode.FLOOD:
+            yield
+            return
+        if self._child is None:
+            raise InjectorError("use the pressure in a with statement")
+        self._child.call({"what": "start"})
+        try:
+            yield
+        finally:
+            self._child.call({"what": "stop"})
+
+    def probes(self) -> list[Probe]:
+        """All pings so far, in the order they were sent; [] in the other modes."""
+        if self._probes < 0:
+            return []
+        data = os.pread(self._probes, os.fstat(self._probes).st_size, 0)
+        pairs = PROBE.iter_unpack(data[: len(data) // PROBE.size * PROBE.size])
+        return [Probe(send_ns, rtt_ns or None) for send_ns, rtt_ns in pairs]
