@@ -25,8 +25,8 @@ PIP = PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pyth
 INPUTS := pyproject.toml constraints.txt stalld/__init__.py
 
 # A virtual environment knows its own path and interpreter; after a copy, a move or an upgrade
-# of Python it must be made anew.
-VENV_ID := $(CURDIR) $(realpath $(shell command -v $(PYTHON)))
+# of Python it must be made anew. (Not `:=`: on a fresh machine Python comes with `packages`.)
+VENV_ID = $(CURDIR) $(realpath $(shell command -v $(PYTHON)))
 ifneq ($(strip $(shell cat .venv/.id 2>/dev/null)),$(strip $(VENV_ID)))
 .PHONY: .venv/.id
 endif

@@ -13,6 +13,13 @@ static __always_inline bool is_ksoftirqd(struct cpu_state *st, struct task_struc
 	return pid && pid == st->ksoftirqd_pid;
 }
 
+static __always_inline void wait_begins(struct cpu_state *st)
+{
+	if (!st->active)
+		st->switches = 0;
+	st->ksoftirqd_since = bpf_ktime_get_ns();
+}
+
 int handle_sched_wakeup(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
@@ -36,9 +43,7 @@ int handle_sched_wakeup(struct bpf_raw_tracepoint_args *ctx)
 	/* Woken while it runs, on its way to sleep: it has the CPU. */
 	if (st->ksoftirqd_since || bpf_get_current_task() == task)
 		return 0;
-	if (!st->active)
-		st->switches = 0;
-	st->ksoftirqd_since = bpf_ktime_get_ns();
+	wait_begins(st);
 	return 0;
 }
 
@@ -92,7 +97,9 @@ int handle_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 
 	if (ctx->args[1] == st->ksoftirqd) {
-		st->ksoftirqd_since = still_runnable(ctx) ? bpf_ktime_get_ns() : 0;
+		st->ksoftirqd_since = 0;
+		if (still_runnable(ctx))
+			wait_begins(st);
 		return 0;
 	}
 	if (st->ksoftirqd_since)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tests.injector import build, senders, system
@@ -25,6 +25,7 @@ class Netns:
     """State of the process."""
 
     def __init__(self) -> None:
+        self._tasks: list[int] = []
         self._paused: list[int] = []
         pid = os.getpid()
         self._interface = f"inj{pid}"
@@ -54,21 +55,30 @@ class Netns:
                 system.make_fifo(_PING_PRIORITY)
                 senders.ping(self._host, interval_ns, request["probes_fd"])
 
-            system.fork_task("inj-ping", from_cpu, ping)
+            self._tasks.append(system.fork_task("inj-ping", from_cpu, ping))
         else:
-            self._fork_paused("inj-flood", from_cpu, lambda: senders.flood(self._host))
+            burst, interval_ns = request["burst"], int(request["interval_ms"] * 1e6)
+            self._fork_paused(
+                "inj-flood", from_cpu, lambda: senders.flood(self._host, burst, interval_ns)
+            )
             if request["competitor"]:
                 self._fork_paused("inj-competitor", cpu, senders.compete)
         return {"interface": self._interface}
 
-    def _fork_paused(self, comm: str, cpu: int, task: Any) -> None:
+    def _fork_paused(self, comm: str, cpu: int, task: Callable[[], None]) -> None:
         def wait_then_run() -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
             task()
 
         pid = system.fork_task(comm, cpu, wait_then_run)
-        os.waitpid(pid, os.WUNTRACED)
+        self._tasks.append(pid)
         self._paused.append(pid)
+        os.waitpid(pid, os.WUNTRACED)
+
+    def close(self) -> None:
+        """End the senders."""
+        while self._tasks:
+            system.end_task(self._tasks.pop())
 
     def _connect(self, cpu: int, packet_cost_ns: int) -> None:
         """Make the veth pair; this process ends up in the new namespace."""
@@ -116,7 +126,11 @@ def rps_mask(cpu: int) -> str:
 def main() -> None:
     """Serve until the injector closes the pipe."""
     be_child("inj-netns")
-    serve(Netns().handle)
+    netns = Netns()
+    try:
+        serve(netns.handle)
+    finally:
+        netns.close()
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ class Pressure:
         *,
         from_cpu: int | None = None,
         interval_ms: float = 2.0,
+        burst: int = 400,
         packet_cost_us: float = 5.0,
         competitor: bool = True,
     ) -> None:
@@ -61,6 +62,7 @@ class Pressure:
         self.interface = ""
         self._from_cpu = from_cpu
         self._interval_ms = interval_ms
+        self._burst = burst
         self._packet_cost_us = packet_cost_us
         self._competitor = competitor
         self._child: Child | None = None
@@ -80,6 +82,7 @@ class Pressure:
                     "cpu": self.cpu,
                     "from_cpu": from_cpu,
                     "interval_ms": self._interval_ms,
+                    "burst": self._burst,
                     "packet_cost_us": self._packet_cost_us,
                     "competitor": self._competitor,
                     "probes_fd": self._probes,

@@ -7,6 +7,7 @@ import select
 import socket
 import struct
 import time
+from contextlib import suppress
 
 from tests.injector.pressure import PROBE
 
@@ -15,6 +16,7 @@ _ECHO_REQUEST = 8
 _ECHO_REPLY = 0
 _SOL_RAW = 255
 _ICMP_FILTER = 1
+_SO_RCVBUFFORCE = 33
 _ECHO = struct.Struct("!BBHHHI")
 _IP_HEADER = 20
 
@@ -25,17 +27,20 @@ def compete() -> None:
         pass
 
 
-def flood(address: str) -> None:
-    """Send small packets as fast as one CPU can."""
+def flood(address: str, burst: int, interval_ns: int) -> None:
+    """Send ``burst`` small packets as fast as one CPU can, each interval."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.connect((address, FLOOD_PORT))
         send = sender.send
+        due = time.monotonic_ns()
         while True:
-            try:
-                while True:
+            for _ in range(burst):
+                # Full buffers or nobody listening: the packets count, not their fate.
+                with suppress(OSError):
                     send(b"flood")
-            except OSError:
-                pass  # buffers are full, or nobody listens: the packets count, not their fate
+            now = time.monotonic_ns()
+            due += interval_ns * (1 + max(0, now - due) // interval_ns)
+            time.sleep(max(0, due - now) / 1e9)
 
 
 def ping(address: str, interval_ns: int, probes_fd: int) -> None:
@@ -47,6 +52,8 @@ def ping(address: str, interval_ns: int, probes_fd: int) -> None:
         raw.setsockopt(_SOL_RAW, _ICMP_FILTER, struct.pack("I", ~(1 << _ECHO_REPLY) & 0xFFFFFFFF))
         raw.connect((address, 0))
         raw.setblocking(False)
+        # All answers of a long stall come at once.
+        raw.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 22)
         sent: list[int] = []
         due = time.monotonic_ns()
         while True:

@@ -232,27 +232,28 @@ def test_against_a_naive_model(
         for address, kind, name, module in lines
     )
     table = load(tmp_path_factory.getbasetemp(), text)
-    model: dict[int, tuple[object, str, str | None]] = {}
+    best: dict[int, tuple[bool, int, int, bytes]] = {}
+    modules: dict[tuple[int, str], set[str | None]] = {}
     for address, kind, name, module in lines:
         if kind in "TtWw":
-            entry = (preference(ord(kind), name.encode()), name, module)
-            if address not in model or entry[0] < model[address][0]:  # type: ignore[operator]
-                model[address] = entry
-    order = sorted(model)
+            key = preference(ord(kind), name.encode())
+            best[address] = min(best.get(address, key), key)
+            modules.setdefault((address, name), set()).add(module)
+    order = sorted(best)
     assert len(table) == len(order)
-    for nth, address in enumerate(order):
-        for offset in (0, *steps):
-            symbol = table.resolve(address + offset)
-            at = max(a for a in order if a <= address + offset)
+    if order:
+        assert table.resolve(order[0] - 1) is None
+    for offset in (0, *steps):
+        for start in order:
+            symbol = table.resolve(start + offset)
+            at = max(a for a in order if a <= start + offset)
+            distance = start + offset - at
             if symbol is None:
-                assert address + offset - at >= 64 << 10
-                continue
-            assert symbol.offset == address + offset - at
-            # Names of one address that are equally good differ at most in their module.
-            names = {model[at][1]}
-            assert symbol.name in names
-        if nth == 0 and address > 0:
-            assert table.resolve(address - 1) is None
+                assert distance >= 64 << 10
+            else:
+                assert distance < 256 << 10
+                assert (symbol.offset, symbol.name) == (distance, best[at][3].decode())
+                assert symbol.module in modules[at, symbol.name]
 
 
 def test_memory_of_a_large_host(tmp_path: Path) -> None:

@@ -1,0 +1,165 @@
+"""A real ``softirq-stalld run`` and what it said."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.injector import Truth
+
+Event = dict[str, Any]
+
+COMMAND = str(Path(sys.executable).with_name("softirq-stalld"))
+THRESHOLD_MS = 10.0
+START_TIMEOUT_S = 90.0
+
+
+class Daemon:
+    """Started in ``with``, ready once it said so, stopped at the end.
+
+    Args:
+        arguments: of ``softirq-stalld run``.
+    """
+
+    def __init__(self, *arguments: str) -> None:
+        self._arguments = arguments or ("--threshold-ms", str(THRESHOLD_MS))
+        self.events: list[Event] = []
+        self.lines: list[str] = []
+        self._news = threading.Condition()
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen(
+            [COMMAND, "run", *self._arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        try:
+            self.wait_for(lambda e: e["event"] == "started", START_TIMEOUT_S)
+        except BaseException:
+            self.stop(signal.SIGKILL)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Of the daemon's process."""
+        return self.process.pid
+
+    @property
+    def started(self) -> Event:
+        """Its first event."""
+        return self.events[0]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End it; returns its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.send_signal(number)
+        try:
+            status = self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        self._reader.join(10)
+        assert self.process.stderr is not None
+        self.said = self.process.stderr.read() if not self.process.stderr.closed else self.said
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
+        return status
+
+    def wait_for(self, wanted: Callable[[Event], bool], timeout_s: float = 5.0) -> Event:
+        """The first event, old or new, for which ``wanted`` holds."""
+        deadline = time.monotonic() + timeout_s
+        with self._news:
+            while True:
+                for event in self.events:
+                    if wanted(event):
+                        return event
+                left = deadline - time.monotonic()
+                if left <= 0 or (self.process.poll() is not None and not self._reader.is_alive()):
+                    raise AssertionError(
+                        f"no such event within {timeout_s} s; exit status "
+                        f"{self.process.poll()}; got {self.events}"
+                    )
+                self._news.wait(min(left, 0.2))
+
+    def stalls(self, phase: str | None = None) -> list[Event]:
+        """Stall events so far."""
+        return [
+            e for e in self.events if e["event"] == "stall" and phase in (None, e["phase"])
+        ]
+
+    def of(self, truth: Truth, timeout_s: float = 5.0) -> list[Event]:
+        """The lines of the stall that overlaps an injected one most, up to its end."""
+        self.wait_for(
+            lambda e: e["event"] == "stall" and e["phase"] == "resolved" and overlap(e, truth) > 0,
+            timeout_s,
+        )
+        resolved = max(self.stalls("resolved"), key=lambda e: overlap(e, truth))
+        return [e for e in self.stalls() if e["stall_id"] == resolved["stall_id"]]
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            event = json.loads(line)
+            event["read_ns"] = time.monotonic_ns()
+            with self._news:
+                self.lines.append(line)
+                self.events.append(event)
+                self._news.notify_all()
+
+
+def monotonic_ns(timestamp: str) -> int:
+    """An event's RFC 3339 time on CLOCK_MONOTONIC."""
+    wall = datetime.fromisoformat(timestamp)
+    wall_ns = int(wall.timestamp()) * 1_000_000_000 + wall.microsecond * 1000
+    return wall_ns - (time.time_ns() - time.monotonic_ns())
+
+
+def overlap(event: Event, truth: Truth) -> int:
+    """How many ns of an injected stall a resolved one covers; 0 on another CPU."""
+    if event["cpu"] != truth.cpu:
+        return 0
+    start = monotonic_ns(event["started_at"])
+    end = start + int(event["duration_ms"] * 1e6)
+    return max(0, min(end, truth.end_ns) - max(start, truth.start_ns))
+
+
+def our_programs() -> list[str]:
+    """Names of our BPF programs that are loaded, by bpftool (which cuts them at 15)."""
+    listed = subprocess.run(
+        ["bpftool", "--json", "prog", "show"], capture_output=True, text=True, check=True
+    )
+    names = [program.get("name", "") for program in json.loads(listed.stdout)]
+    return [name for name in names if name.startswith(("handle_", "bpf_iter__task"))]
+
+
+def children(pid: int) -> list[int]:
+    """Processes whose parent is ``pid``."""
+    path = Path(f"/proc/{pid}/task")
+    found: list[int] = []
+    for task in os.listdir(path):
+        found += map(int, (path / task / "children").read_text().split())
+    return found
