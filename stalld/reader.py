@@ -26,7 +26,6 @@ PAGES_PER_CPU = 32
 _SAMPLE_FN = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_char), ctypes.c_uint32
 )
-_LOST_FN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64)
 
 
 def libbpf() -> ctypes.CDLL:
@@ -46,7 +45,7 @@ def libbpf() -> ctypes.CDLL:
         ctypes.c_int,
         ctypes.c_size_t,
         _SAMPLE_FN,
-        _LOST_FN,
+        ctypes.c_void_p,
         ctypes.c_void_p,
         ctypes.c_void_p,
     ]
@@ -63,9 +62,9 @@ class PerfReader:
 
     Args:
         map_fd: descriptor of the BPF_MAP_TYPE_PERF_EVENT_ARRAY.
-        on_record: gets each raw record (bytes).
-        on_lost: gets CPU and number of records the kernel had no room for.
-            Both run under ``lock``, in the thread that reads.
+        on_record: gets each raw record (bytes), under ``lock``, in the thread
+            that reads. What the kernel had no room for it counts itself
+            (``lost`` of ``struct cpu_state``).
 
     Raises:
         StalldError: the buffers cannot be opened; the reason and the remedy.
@@ -75,20 +74,15 @@ class PerfReader:
         self,
         map_fd: int,
         on_record: Callable[[bytes], None],
-        on_lost: Callable[[int, int], None],
         pages: int = PAGES_PER_CPU,
     ) -> None:
         self._lib = libbpf()
         self._on_record = on_record
-        self._on_lost = on_lost
         self.lock = threading.RLock()
         self._errors: list[Exception] = []
-        # libbpf keeps the callbacks' addresses, so we keep the callbacks.
+        # libbpf keeps the callback's address, so we keep the callback.
         self._sample = _SAMPLE_FN(self._sampled)
-        self._lost = _LOST_FN(self._overflowed)
-        self._buffer = self._lib.perf_buffer__new(
-            map_fd, pages, self._sample, self._lost, None, None
-        )
+        self._buffer = self._lib.perf_buffer__new(map_fd, pages, self._sample, None, None, None)
         if not self._buffer:
             reason = os.strerror(ctypes.get_errno())
             raise StalldError(
@@ -111,6 +105,8 @@ class PerfReader:
             Exception: whatever a callback raised, once all are handed over.
         """
         with self.lock:
+            if self._buffer is None:
+                raise StalldError("the perf buffers are closed")
             for cpu in self.cpus if cpus is None else cpus:
                 status = self._lib.perf_buffer__consume_buffer(self._buffer, self.cpus.index(cpu))
                 if status < 0:
@@ -135,12 +131,6 @@ class PerfReader:
     ) -> None:
         try:
             self._on_record(ctypes.string_at(data, size))
-        except Exception as error:  # noqa: BLE001 - consume() raises it again
-            self._errors.append(error)
-
-    def _overflowed(self, _: object, cpu: int, count: int) -> None:
-        try:
-            self._on_lost(cpu, count)
         except Exception as error:  # noqa: BLE001 - consume() raises it again
             self._errors.append(error)
 

@@ -78,6 +78,7 @@ class Service:
         self._expiring: asyncio.Task[None] | None = None
         self._reloading: asyncio.Task[None] | None = None
         self._thread: ReaderThread | None = None
+        self._lost: dict[int, int] = {}
 
     async def run(self) -> None:
         """Everything from start-up to the ``stopped`` event.
@@ -103,8 +104,9 @@ class Service:
                     await self._stopped.wait()
             self._detach()
         finally:
-            for task in self._tasks:
-                task.cancel()
+            for task in (*self._tasks, self._expiring, self._reloading):
+                if task is not None:
+                    task.cancel()
             probes.close()
         if self._failure is not None:
             raise self._failure
@@ -125,7 +127,7 @@ class Service:
             clocks_ns=clocks_ns,
             on_bad_record=self._log_bad_record,
         )
-        self._reader = PerfReader(fds["map:events"], self._pipeline.take, self._pipeline.take_lost)
+        self._reader = PerfReader(fds["map:events"], self._pipeline.take)
         self._start_reading()
         self._maps.watch(
             self._settings.threshold_ns,
@@ -147,6 +149,7 @@ class Service:
             self._thread.stop()
         if self._failure is None:
             self._reader.consume()
+            self._report_lost()
             self._pipeline.finish()
         self._reader.close()
         if self._feed is not None:
@@ -191,12 +194,22 @@ class Service:
 
     def _follow_up(self) -> None:
         """Start what the records just read ask for."""
+        self._report_lost()
         if self._pipeline.tracker.open and (self._expiring is None or self._expiring.done()):
             self._expiring = asyncio.create_task(self._expire())
         if self._pipeline.symbols.needs_reload and (
             self._reloading is None or self._reloading.done()
         ):
             self._reloading = asyncio.create_task(self._reload())
+
+    def _report_lost(self) -> None:
+        """Say what the perf buffers had no room for since the last time."""
+        with self._reader.lock:
+            for cpu, known in enumerate(self._maps.cpus):
+                count = known.lost - self._lost.get(cpu, 0)
+                if count:
+                    self._lost[cpu] = known.lost
+                    self._pipeline.take_lost(cpu, count)
 
     async def _expire(self) -> None:
         """Look for lost closing records as long as a stall is open."""
@@ -218,6 +231,7 @@ class Service:
         while True:
             await asyncio.sleep(LEARN_EVERY_S)
             self._learn()
+            self._report_lost()
 
     def _learn(self) -> dict[int, int]:
         link = self._probes.fds.get("iter:task")
@@ -277,7 +291,7 @@ class Service:
                 "uptime_ms": events.milliseconds(time.monotonic_ns() - started_ns),
                 "stalls": pipeline.stalls,
                 "records": pipeline.records,
-                "records_lost": max(pipeline.lost, maps.total("lost")),
+                "records_lost": pipeline.lost,
                 "records_undecodable": pipeline.undecodable,
                 "stale_tasks": maps.total("stale"),
                 "missed_services": maps.total("missed"),

@@ -101,15 +101,14 @@ class Daemon:
                 if left <= 0 or (self.process.poll() is not None and not self._reader.is_alive()):
                     raise AssertionError(
                         f"no such event within {timeout_s} s; exit status "
-                        f"{self.process.poll()}; got {self.events}"
+                        f"{self.process.poll()}; the last of {len(self.events)} events: "
+                        f"{self.lines[-3:]}"
                     )
                 self._news.wait(min(left, 0.2))
 
     def stalls(self, phase: str | None = None) -> list[Event]:
         """Stall events so far."""
-        return [
-            e for e in self.events if e["event"] == "stall" and phase in (None, e["phase"])
-        ]
+        return [e for e in self.events if e["event"] == "stall" and phase in (None, e["phase"])]
 
     def of(self, truth: Truth, timeout_s: float = 5.0) -> list[Event]:
         """The lines of the stall that overlaps an injected one most, up to its end."""

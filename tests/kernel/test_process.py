@@ -1,0 +1,129 @@
+"""What the daemon's process leaves behind, maps, and does when it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.injector import Injector, Kind, Mode, Pressure
+from tests.kernel.daemon import COMMAND, Daemon, children, our_programs
+
+pytestmark = pytest.mark.kernel
+
+CPU = 1
+MAX_RSS_KIB = 45 * 1024
+
+
+def gone_within(seconds: float) -> bool:
+    """Whether our BPF programs are unloaded; the kernel frees them a moment later."""
+    deadline = time.monotonic() + seconds
+    while our_programs():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_memory_and_children(daemon: Daemon) -> None:
+    """After start: no child is left, LLVM is not mapped, the daemon is at most 45 MiB large."""
+    assert children(daemon.pid) == []
+    maps = Path(f"/proc/{daemon.pid}/maps").read_text()
+    assert "LLVM" not in maps
+    assert "bcc" not in maps
+    status = Path(f"/proc/{daemon.pid}/status").read_text()
+    rss = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    assert rss <= MAX_RSS_KIB
+
+
+def test_kill_leaves_nothing() -> None:
+    """kill -9 leaves no program attached or loaded."""
+    with Daemon() as daemon:
+        assert our_programs()
+        os.kill(daemon.pid, signal.SIGKILL)
+        assert daemon.process.wait(5) == -signal.SIGKILL
+    assert gone_within(5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_stops_it(number: signal.Signals) -> None:
+    """SIGTERM and SIGINT end it soon, with a ``stopped`` event and status 0."""
+    with Daemon() as daemon:
+        asked = time.monotonic()
+        assert daemon.stop(number) == 0
+        assert time.monotonic() - asked < 2
+        assert daemon.events[-1]["event"] == "stopped"
+        assert daemon.said == ""
+    assert gone_within(5)
+
+
+def test_duration_ends_it() -> None:
+    """``--duration`` stops it by itself."""
+    with Daemon("--duration", "0.5") as daemon:
+        assert daemon.process.wait(5) == 0
+        stopped = daemon.wait_for(lambda e: e["event"] == "stopped")
+        assert stopped["uptime_ms"] >= 500
+
+
+def test_stop_in_mid_stall_resolves_it() -> None:
+    """A stall that is open when the daemon stops gets its one resolved line, which says so."""
+    with Daemon() as daemon, Injector(CPU) as injector, Pressure(CPU, Mode.PING) as pressure:
+        injector.prepare(Kind.BH_OFF)
+        stall = threading.Thread(
+            target=injector.inject, args=(Kind.BH_OFF, 400), kwargs={"pressure": pressure}
+        )
+        stall.start()
+        first = daemon.wait_for(lambda e: e["event"] == "stall" and e["cpu"] == CPU)
+        assert daemon.stop() == 0
+        still_stalled = stall.is_alive()
+        stall.join()
+    assert first["phase"] == "ongoing"
+    assert still_stalled
+    resolved = [e for e in daemon.stalls("resolved") if e["stall_id"] == first["stall_id"]]
+    assert [e["evidence"]["ended"] for e in resolved] == ["shutdown"]
+    assert daemon.events[-1]["event"] == "stopped"
+
+
+def test_broken_pipe_ends_it() -> None:
+    """When nobody reads standard output any more it stops with one clear line."""
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        [COMMAND, "run"], stdout=writing, stderr=subprocess.PIPE, text=True
+    ) as process:
+        os.close(writing)
+        assert b"started" in os.read(reading, 1 << 16)
+        os.close(reading)
+        with Injector(CPU) as injector, Pressure(CPU, Mode.PING) as pressure:
+            injector.inject(Kind.BH_OFF, 50, pressure=pressure)
+        assert process.wait(5) == 1
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert "standard output" in said
+    assert "Traceback" not in said
+    assert gone_within(5)
+
+
+def test_overflow_is_counted() -> None:
+    """Records that the perf buffer has no room for are counted, and no stall stays open."""
+    with Daemon() as daemon, Injector(CPU) as injector, Pressure(CPU, Mode.PING) as pressure:
+        injector.prepare(Kind.BH_OFF)
+        os.kill(daemon.pid, signal.SIGSTOP)
+        try:
+            for _ in range(60):
+                injector.inject(Kind.BH_OFF, 25, pressure=pressure)
+        finally:
+            os.kill(daemon.pid, signal.SIGCONT)
+        daemon.wait_for(lambda e: e["event"] == "records_lost", 5)
+        time.sleep(1)
+        assert daemon.stop() == 0
+        counted = sum(e["count"] for e in daemon.events if e["event"] == "records_lost")
+        stopped = daemon.events[-1]
+        assert stopped["records_lost"] == counted > 0
+        ids = [e["stall_id"] for e in daemon.stalls()]
+        resolved = [e["stall_id"] for e in daemon.stalls("resolved")]
+        assert sorted(set(ids)) == sorted(resolved)
