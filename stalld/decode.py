@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from stalld.errors import DecodeError
 from stalld.records import (
     COMM_LEN,
+    KERNEL_STACK_DEPTH,
     USER_STACK_DEPTH,
     VECTORS,
     RecordType,
@@ -40,7 +41,12 @@ def decode(data: bytes | memoryview) -> StallRecord:
         raise DecodeError(f"record of {len(data)} bytes is shorter than its head ({HEAD.size})")
     head = HEAD.unpack_from(data)
     kernel_bytes, user_bytes, comm = head[_SIZES:_USER_STACK]
-    if kernel_bytes % 8 or user_bytes % 8 or user_bytes > USER_STACK_DEPTH * 8:
+    if (
+        kernel_bytes % 8
+        or kernel_bytes > KERNEL_STACK_DEPTH * 8
+        or user_bytes % 8
+        or user_bytes > USER_STACK_DEPTH * 8
+    ):
         raise DecodeError(f"impossible stack sizes of {kernel_bytes} and {user_bytes} bytes")
     if HEAD.size + kernel_bytes > len(data):
         raise DecodeError(

@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from stalld.enrich.ksymbols import KsymbolError, KsymbolFeed
 from stalld.enrich.symbols import SymbolTable
 from stalld.errors import DecodeError, StalldError
 from stalld.pipeline import Pipeline
-from stalld.probe.client import Probes, load_probes, possible_cpus
-from stalld.reader import PerfReader, ReaderThread, split
+from stalld.probe.client import load_probes, possible_cpus
+from stalld.reader import PerfReader, ReaderThread, online_cpus, split
 from stalld.records import VECTORS
 from stalld.sinks.emitter import Emitter
 from stalld.state import Maps, iterate_tasks, ksoftirqd_pids
@@ -74,10 +74,9 @@ class Service:
         self._log = log
         self._stopped = asyncio.Event()
         self._failure: BaseException | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._resources = ExitStack()
         self._expiring: asyncio.Task[None] | None = None
         self._reloading: asyncio.Task[None] | None = None
-        self._thread: ReaderThread | None = None
         self._lost: dict[int, int] = {}
 
     async def run(self) -> None:
@@ -90,31 +89,26 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._interrupt)
         started_ns = time.monotonic_ns()
-        # Before the child: what it loads is announced too.
-        self._feed = self._open_feed()
-        child = load_probes()
-        # The kernel's symbols are read while the child compiles.
-        kallsyms, probes = await asyncio.gather(
-            asyncio.to_thread(_load_kallsyms), asyncio.to_thread(child.result)
-        )
-        try:
-            self._attach(probes, kallsyms, started_ns)
+        with self._resources:
+            # Before the child: what it loads is announced too.
+            self._feed = self._open_feed()
+            child = load_probes()
+            # The kernel's symbols are read while the child compiles.
+            kallsyms, self._probes = await asyncio.gather(
+                asyncio.to_thread(_load_kallsyms), asyncio.to_thread(child.result)
+            )
+            self._resources.callback(self._probes.close)
+            self._attach(kallsyms, started_ns)
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.duration_s):
                     await self._stopped.wait()
-            self._detach()
-        finally:
-            for task in (*self._tasks, self._expiring, self._reloading):
-                if task is not None:
-                    task.cancel()
-            probes.close()
-        if self._failure is not None:
-            raise self._failure
-        self._emit_stopped(started_ns)
+            self._maps.stop()
+            if self._failure is not None:
+                raise self._failure
+            self._finish(started_ns)
 
-    def _attach(self, probes: Probes, kallsyms: Kallsyms, started_ns: int) -> None:
-        fds = probes.fds
-        self._probes = probes
+    def _attach(self, kallsyms: Kallsyms, started_ns: int) -> None:
+        fds = self._probes.fds
         self._maps = Maps(fds["map:cpus"], fds["map:config"], possible_cpus())
         watched = self._learn()
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
@@ -128,57 +122,55 @@ class Service:
             on_bad_record=self._log_bad_record,
         )
         self._reader = PerfReader(fds["map:events"], self._pipeline.take)
-        self._start_reading()
-        self._maps.watch(
-            self._settings.threshold_ns,
-            tick_ns(),
-            sum(1 << VECTORS.index(name) for name in WATCHED),
-            MAX_SAMPLES,
-        )
-        # Nothing is read before this returns to the loop, so it is the first event.
-        self._emit_started(watched, kallsyms.hidden)
-        self._tasks.append(asyncio.create_task(self._relearn()))
+        self._resources.callback(self._reader.close)
+        # The lock keeps every record back until `started` is written.
+        with self._reader.lock:
+            self._start_reading()
+            self._maps.watch(
+                self._settings.threshold_ns,
+                tick_ns(),
+                sum(1 << VECTORS.index(name) for name in WATCHED),
+                MAX_SAMPLES,
+            )
+            self._emit_started(watched, kallsyms.hidden)
+        self._keep(asyncio.create_task(self._relearn()))
 
-    def _detach(self) -> None:
-        """Stop recording, read what is left, close what is open."""
-        self._maps.stop()
-        loop = asyncio.get_running_loop()
-        for cpu in self._near:
-            loop.remove_reader(self._reader.fd(cpu))
-        if self._thread is not None:
-            self._thread.stop()
-        if self._failure is None:
+    def _finish(self, started_ns: int) -> None:
+        """Read what is left, close what is open, say goodbye."""
+        with self._reader.lock:
             self._reader.consume()
             self._report_lost()
             self._pipeline.finish()
-        self._reader.close()
-        if self._feed is not None:
-            self._feed.close()
+            self._emit_stopped(started_ns)
 
     def _start_reading(self) -> None:
         """Each half of the CPUs is read from the other half, never from itself."""
         loop = asyncio.get_running_loop()
         here, there = split(self._reader.cpus, os.sched_getaffinity(0))
         far = [cpu for cpu in self._reader.cpus if cpu in here] if there else []
-        self._near = [cpu for cpu in self._reader.cpus if cpu not in far]
-        # One by one: a perf buffer tells only once that it is readable, which
-        # is lost on the way through a second epoll descriptor.
-        for cpu in self._near:
-            loop.add_reader(self._reader.fd(cpu), self._read, [cpu])
         if there:
             os.sched_setaffinity(0, here)
-            self._thread = ReaderThread(
+            thread = ReaderThread(
                 self._reader,
                 far,
                 there,
                 lambda: _from_thread(loop, self._follow_up),
                 lambda error: _from_thread(loop, self._fail, error),
             )
+            # Last of all said and done, since its CPU may be stuck.
+            self._resources.callback(thread.stop)
+        # One by one: a perf buffer tells only once that it is readable, which
+        # is lost on the way through a second epoll descriptor.
+        for cpu in self._reader.cpus:
+            if cpu not in far:
+                fd = self._reader.fd(cpu)
+                loop.add_reader(fd, self._read, [cpu])
+                self._resources.callback(loop.remove_reader, fd)
 
     def _interrupt(self) -> None:
         self._stopped.set()
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: BaseException | None) -> None:
         if isinstance(error, BrokenPipeError):
             error = StalldError("nobody reads standard output any more: stopping")
         self._failure = self._failure or error
@@ -196,11 +188,21 @@ class Service:
         """Start what the records just read ask for."""
         self._report_lost()
         if self._pipeline.tracker.open and (self._expiring is None or self._expiring.done()):
-            self._expiring = asyncio.create_task(self._expire())
+            self._expiring = self._keep(asyncio.create_task(self._expire()))
         if self._pipeline.symbols.needs_reload and (
             self._reloading is None or self._reloading.done()
         ):
-            self._reloading = asyncio.create_task(self._reload())
+            self._reloading = self._keep(asyncio.create_task(self._reload()))
+
+    def _keep(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
+        """A task that ends with the service, and ends it when it fails."""
+        self._resources.callback(task.cancel)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._fail(task.exception())
 
     def _report_lost(self) -> None:
         """Say what the perf buffers had no room for since the last time."""
@@ -243,7 +245,7 @@ class Service:
 
     def _open_feed(self) -> KsymbolFeed | None:
         try:
-            return KsymbolFeed.open(sorted(os.sched_getaffinity(0)))
+            return self._resources.enter_context(KsymbolFeed.open(online_cpus()))
         except KsymbolError as error:
             self._log.info("new BPF programs are named only after a reload", reason=str(error))
             return None

@@ -14,8 +14,8 @@ from stalld.probe.btf import Btf
 
 _BPF_PROG_TYPE_TRACING = 26
 _BPF_TRACE_FENTRY = 24
-# r0 = 0; exit
-_RETURN_ZERO = struct.pack("=BBhi", 0xB7, 0, 0, 0) + struct.pack("=BBhi", 0x95, 0, 0, 0)
+RETURN_ZERO = struct.pack("=BBhi", 0xB7, 0, 0, 0) + struct.pack("=BBhi", 0x95, 0, 0, 0)
+"""The smallest program: r0 = 0; exit."""
 
 
 class _ProgLoadOpts(ctypes.Structure):
@@ -53,8 +53,8 @@ def fentry_error(btf: Btf, function: str) -> str | None:
         _BPF_PROG_TYPE_TRACING,
         b"fentry_trial",
         b"GPL",
-        _RETURN_ZERO,
-        ctypes.c_size_t(len(_RETURN_ZERO) // 8),
+        RETURN_ZERO,
+        ctypes.c_size_t(len(RETURN_ZERO) // 8),
         ctypes.byref(options),
     )
     if program < 0:

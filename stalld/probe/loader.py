@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stalld.errors import MissingAbilityError, ProbeError
 from stalld.probe.btf import Btf
+from stalld.probe.capabilities import require_bpf
 from stalld.probe.fentry import fentry_error
 from stalld.probe.headers import distribution_headers, write_tree
 from stalld.probe.protocol import Attached, Description, Missing, Request
@@ -54,6 +55,8 @@ def load(request: Request, structs_dir: Path) -> tuple[Description, list[int]]:
         ProbeError: with the reason; the compiler's and the verifier's own
             words are on stderr.
     """
+    require_bpf()
+    _require_bcc()
     btf = open_btf(request.btf_path)
     missing: list[Missing] = []
     if btf is None:
@@ -76,6 +79,18 @@ def load(request: Request, structs_dir: Path) -> tuple[Description, list[int]]:
             )
         )
     raise AssertionError("softirq always stands in")
+
+
+def _require_bcc() -> None:
+    try:
+        from bcc import BPF
+    except (ImportError, OSError) as error:
+        # OSError: bcc is there, its libbcc.so.0 is not.
+        raise MissingAbilityError(
+            f"cannot import BPF from bcc: {error}; install it: apt install python3-bpfcc, and use "
+            "the distribution's python3 (the package bcc of PyPI is something else)"
+        ) from error
+    assert BPF
 
 
 class _NetRxActionError(ProbeError):
@@ -157,11 +172,7 @@ def _source(bpf_dir: Path) -> str:
 
 
 def _attach_raw_tracepoint(bpf: BPF, hook: str, program: str, missing: list[Missing]) -> int | None:
-    try:
-        function = bpf.load_func(program.encode(), bpf.RAW_TRACEPOINT)
-    except Exception as error:
-        # The message of a bare Exception; the verifier's words are on stderr.
-        raise ProbeError(f"the kernel refused the program for {hook}: {error}") from error
+    function = _load_program(bpf, program, bpf.RAW_TRACEPOINT, hook)
     fd = int(_libbpf().bpf_raw_tracepoint_open(hook.encode(), function.fd))
     if fd >= 0:
         return fd
@@ -173,6 +184,14 @@ def _attach_raw_tracepoint(bpf: BPF, hook: str, program: str, missing: list[Miss
         f"cannot attach to the raw tracepoint {hook}: {reason}; "
         "the service needs it, so this kernel (built without it?) is not supported"
     )
+
+
+def _load_program(bpf: BPF, program: str, kind: int, hook: str) -> Any:
+    try:
+        return bpf.load_func(program.encode(), kind)
+    except Exception as error:
+        # bcc raises bare Exception; the verifier's words are on stderr.
+        raise ProbeError(f"the kernel refused the program for {hook}: {error}") from error
 
 
 def _attach_net_rx_action(bpf: BPF, how: str, attached: list[Attached]) -> dict[str, int]:
@@ -205,14 +224,12 @@ def _kprobe_fds(bpf: BPF) -> tuple[int, int]:
 
 def _task_iterator(bpf: BPF, attached: list[Attached], missing: list[Missing]) -> int:
     """A link whose every iterator lists the kernel threads, or -1."""
+    fd, reason = -1, ""
     try:
-        function = bpf.load_func(b"bpf_iter__task", bpf.TRACING)
-        reason = ""
-    except Exception as error:
-        # The message of a bare Exception; the service can do without.
+        function = _load_program(bpf, "bpf_iter__task", bpf.TRACING, "the task iterator")
+    except ProbeError as error:
         reason = str(error)
-    fd = -1
-    if not reason:
+    else:
         fd = int(_libbpf().bpf_link_create(function.fd, 0, _BPF_TRACE_ITER, None))
         reason = os.strerror(ctypes.get_errno()) if fd < 0 else ""
     if fd < 0:

@@ -75,8 +75,8 @@ class Injector:
         Args:
             kind: of stall.
             duration_ms: at most :data:`~tests.injector.kinds.MAX_DURATION_MS`.
-            pressure: on the same CPU, flooding during the stall if it is of that mode; a mode
-                instead sets one up for this stall alone.
+            pressure: on the same CPU, active during the stall; a mode instead sets one up for
+                this stall alone.
 
         Raises:
             DurationError: too long or too short; nothing happened.
@@ -90,8 +90,8 @@ class Injector:
                 return self.inject(kind, duration_ms, pressure=own)
         if pressure is not None and pressure.cpu != self.cpu:
             raise InjectorError(f"the pressure is on CPU {pressure.cpu}, not on {self.cpu}")
-        flood: AbstractContextManager[None] = pressure.flooding() if pressure else nullcontext()
-        with flood:
+        active: AbstractContextManager[None] = pressure.active() if pressure else nullcontext()
+        with active:
             made = self._running().call({"kind": kind, "duration_ms": duration_ms})
         return Truth(
             kind=kind,

@@ -34,10 +34,15 @@ class Kind(StrEnum):
 
 
 class Mode(StrEnum):
-    """Kinds of network pressure."""
+    """Kinds of network pressure.
+
+    PING measures and hardly weighs anything. BURSTS has ksoftirqd woken when another task wants
+    the CPU, and leaves room for other packets. FLOOD has it woken in any case; packets queue.
+    """
 
     NONE = "none"
     PING = "ping"
+    BURSTS = "bursts"
     FLOOD = "flood"
 
 
@@ -63,7 +68,7 @@ METHODS = {
     Kind.PREEMPT_OFF: Method(
         "inj-preempt-off",
         "injected_spin_preempt_off",
-        Mode.FLOOD,
+        Mode.BURSTS,
         "a slow system call, preemption off; ksoftirqd waits once packets wake it",
     ),
     Kind.BH_OFF: Method(

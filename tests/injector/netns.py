@@ -48,8 +48,8 @@ class Netns:
         mode = Mode(request["mode"])
         cpu, from_cpu = request["cpu"], request["from_cpu"]
         self._connect(cpu, int(request["packet_cost_us"] * 1000))
+        interval_ns = int(request["interval_ms"] * 1e6)
         if mode is Mode.PING:
-            interval_ns = int(request["interval_ms"] * 1e6)
 
             def ping() -> None:
                 system.make_fifo(_PING_PRIORITY)
@@ -57,7 +57,7 @@ class Netns:
 
             self._tasks.append(system.fork_task("inj-ping", from_cpu, ping))
         else:
-            burst, interval_ns = request["burst"], int(request["interval_ms"] * 1e6)
+            burst = request["burst"]
             self._fork_paused(
                 "inj-flood", from_cpu, lambda: senders.flood(self._host, burst, interval_ns)
             )

@@ -27,8 +27,13 @@ def compete() -> None:
         pass
 
 
+def next_due(due_ns: int, interval_ns: int) -> int:
+    """The next whole interval after ``due_ns`` that is not past yet; missed ones are left out."""
+    return due_ns + interval_ns * (1 + max(0, time.monotonic_ns() - due_ns) // interval_ns)
+
+
 def flood(address: str, burst: int, interval_ns: int) -> None:
-    """Send ``burst`` small packets as fast as one CPU can, each interval."""
+    """Send ``burst`` small packets as fast as one CPU can, each interval; 0 is without pause."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.connect((address, FLOOD_PORT))
         send = sender.send
@@ -38,9 +43,9 @@ def flood(address: str, burst: int, interval_ns: int) -> None:
                 # Full buffers or nobody listening: the packets count, not their fate.
                 with suppress(OSError):
                     send(b"flood")
-            now = time.monotonic_ns()
-            due += interval_ns * (1 + max(0, now - due) // interval_ns)
-            time.sleep(max(0, due - now) / 1e9)
+            if interval_ns:
+                due = next_due(due, interval_ns)
+                time.sleep(max(0, due - time.monotonic_ns()) / 1e9)
 
 
 def ping(address: str, interval_ns: int, probes_fd: int) -> None:
@@ -62,7 +67,7 @@ def ping(address: str, interval_ns: int, probes_fd: int) -> None:
                 os.pwrite(probes_fd, PROBE.pack(now, 0), len(sent) * PROBE.size)
                 sent.append(now)
                 raw.send(_echo_request(len(sent) - 1))
-                due += interval_ns * (1 + (now - due) // interval_ns)
+                due = next_due(due, interval_ns)
             if select.select([raw], [], [], max(0, due - time.monotonic_ns()) / 1e9)[0]:
                 _take_answers(raw, sent, probes_fd)
 

@@ -35,6 +35,7 @@ class Daemon:
         self._arguments = arguments or ("--threshold-ms", str(THRESHOLD_MS))
         self.events: list[Event] = []
         self.lines: list[str] = []
+        self.said = ""
         self._news = threading.Condition()
 
     def __enter__(self) -> Self:
@@ -83,7 +84,8 @@ class Daemon:
             raise
         self._reader.join(10)
         assert self.process.stderr is not None
-        self.said = self.process.stderr.read() if not self.process.stderr.closed else self.said
+        if not self.process.stderr.closed:
+            self.said = self.process.stderr.read()
         for stream in (self.process.stdout, self.process.stderr):
             if stream is not None:
                 stream.close()
@@ -146,13 +148,16 @@ def overlap(event: Event, truth: Truth) -> int:
     return max(0, min(end, truth.end_ns) - max(start, truth.start_ns))
 
 
-def our_programs() -> list[str]:
-    """Names of our BPF programs that are loaded, by bpftool (which cuts them at 15)."""
+def our_programs() -> set[int]:
+    """Ids of the BPF programs that are loaded under our names."""
     listed = subprocess.run(
         ["bpftool", "--json", "prog", "show"], capture_output=True, text=True, check=True
     )
-    names = [program.get("name", "") for program in json.loads(listed.stdout)]
-    return [name for name in names if name.startswith(("handle_", "bpf_iter__task"))]
+    return {
+        program["id"]
+        for program in json.loads(listed.stdout)
+        if program.get("name", "").startswith(("handle_s", "handle_hr", "handle_cpu", "bpf_iter"))
+    }
 
 
 def children(pid: int) -> list[int]:

@@ -1,0 +1,32 @@
+"""``softirq-stalld check``: what this host supports, found by trying it."""
+
+from __future__ import annotations
+
+import os
+
+from stalld import __version__
+from stalld.check import host
+from stalld.check.probes import try_probes
+from stalld.check.report import Item, Report, State, render
+from stalld.probe import capabilities
+from stalld.service import tick_ns
+
+__all__ = ["Item", "Report", "State", "check", "render"]
+
+
+def check() -> Report:
+    """Try everything the service needs; nothing stays attached.
+
+    Loads one CPU for at most 0.3 s (see :mod:`stalld.check.stimulus`).
+    """
+    symbols, defers = host.symbols()
+    items = [
+        host.kernel(),
+        host.granted(capabilities.effective()),
+        host.libbpf(),
+        host.bcc(),
+        *host.types(),
+    ]
+    trial = try_probes(tick_ns(), defers)
+    items += [*trial.items, symbols, host.pmu(), *host.tick(tick_ns()), host.preemption()]
+    return Report(__version__, os.uname().release, tuple(items), trial.serves_inline)

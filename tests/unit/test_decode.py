@@ -1,0 +1,166 @@
+"""Bytes to records: everything the kernel can write, and everything it cannot."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from stalld.decode import HEAD, TASK, decode, decode_tasks
+from stalld.errors import DecodeError
+from stalld.records import (
+    COMM_LEN,
+    KERNEL_STACK_DEPTH,
+    USER_STACK_DEPTH,
+    VECTORS,
+    RecordType,
+    Source,
+    StallRecord,
+    TaskEntry,
+)
+from tests.unit.make import encode, record
+
+U32 = st.integers(0, 0xFFFFFFFF)
+U64 = st.integers(0, 0xFFFFFFFFFFFFFFFF)
+COMM = st.binary(max_size=COMM_LEN).map(lambda raw: raw.split(b"\0", 1)[0])
+# Offsets from the head's start, as bpf/records.h lays them out.
+KERNEL_BYTES, USER_BYTES = 176, 180
+
+STACKS = {
+    "kernel_stack": st.lists(U64, max_size=KERNEL_STACK_DEPTH).map(tuple),
+    "user_stack": st.lists(U64, max_size=USER_STACK_DEPTH).map(tuple),
+}
+WORDS = {
+    name: U64
+    for name in ("time_ns", "started_ns", "ksoftirqd_wait_ns", "serving_ns", "cgroup_id")
+} | {
+    name: U32
+    for name in ("cpu", "seq", "tgid", "tid", "task_flags", "policy", "prio", "serving_vec")
+    + ("ksoftirqd_pid", "switches", "sample_nr", "lost")
+}
+RECORDS = st.builds(
+    StallRecord,
+    type=st.sampled_from(RecordType),
+    source=st.sampled_from(Source),
+    wait_ns=st.tuples(*[U64] * len(VECTORS)),
+    comm=COMM,
+    **WORDS,
+    **STACKS,
+)
+
+
+@given(RECORDS, st.integers(0, 15), st.sampled_from([bytes, memoryview]))
+def test_round_trip(wanted: StallRecord, padding: int, kind: type[Any]) -> None:
+    """What the kernel writes comes back field by field, whatever the perf buffer pads."""
+    assert decode(kind(encode(wanted, padding))) == wanted
+
+
+def test_every_field_has_its_own_place() -> None:
+    """No two fields are mixed up: each takes a change alone."""
+    base = record(kernel_stack=(1, 2), user_stack=(3,), serving_vec=3)
+    for name, value in base._asdict().items():
+        changed = base._replace(**{name: _other(value)})
+        assert decode(encode(changed))._asdict() == base._asdict() | {name: _other(value)}
+
+
+def _other(value: Any) -> Any:
+    match value:
+        case RecordType():
+            return RecordType.CLOSE
+        case Source():
+            return Source.ENTRY
+        case int():
+            return value + 1
+        case bytes():
+            return b"another"
+        case _:
+            return tuple(n + 9 for n in value)
+
+
+@pytest.mark.parametrize("depth", [0, 1, KERNEL_STACK_DEPTH])
+def test_every_truncation_is_refused(depth: int) -> None:
+    """A record cut anywhere is an error, never a shorter stack."""
+    whole = encode(record(kernel_stack=tuple(range(depth)), user_stack=(1, 2)))
+    assert decode(whole).kernel_stack == tuple(range(depth))
+    for size in range(len(whole)):
+        with pytest.raises(DecodeError, match=f"record of {size} bytes"):
+            decode(whole[:size])
+
+
+@pytest.mark.parametrize("value", [0, 3, 0xFFFFFFFF])
+def test_unknown_type(value: int) -> None:
+    """A type that the header does not know is refused and named."""
+    with pytest.raises(DecodeError, match=rf"{value} is not a valid RecordType"):
+        decode(struct.pack("=I", value) + encode(record())[4:])
+
+
+@pytest.mark.parametrize("value", [len(Source), 0xFFFFFFFF])
+def test_unknown_source(value: int) -> None:
+    """A source that the header does not know is refused and named."""
+    raw = encode(record())
+    with pytest.raises(DecodeError, match=rf"{value} is not a valid Source"):
+        decode(raw[:4] + struct.pack("=I", value) + raw[8:])
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"),
+    [
+        (KERNEL_BYTES, 4),
+        (KERNEL_BYTES, KERNEL_STACK_DEPTH * 8 + 8),
+        (KERNEL_BYTES, 0xFFFFFFF8),
+        (USER_BYTES, 12),
+        (USER_BYTES, USER_STACK_DEPTH * 8 + 8),
+        (USER_BYTES, 0xFFFFFFF8),
+    ],
+)
+def test_impossible_stack_sizes(offset: int, size: int) -> None:
+    """Stacks deeper than the header allows, or of half a frame, are refused and named."""
+    raw = bytearray(encode(record(), padding=2048))
+    struct.pack_into("=I", raw, offset, size)
+    with pytest.raises(DecodeError, match=rf"impossible stack sizes .*\b{size}\b"):
+        decode(bytes(raw))
+
+
+def test_a_full_name_has_no_end() -> None:
+    """All 16 bytes of a name count, and nothing behind a zero does."""
+    assert decode(encode(record(comm=b"0123456789abcdef"))).comm == b"0123456789abcdef"
+    assert decode(encode(record(comm=b"ab\0leftover"))).comm == b"ab"
+
+
+@given(st.binary(max_size=HEAD.size + 64))
+@example(bytes(HEAD.size))
+@example(b"\xff" * (HEAD.size + 64))
+def test_arbitrary_bytes(data: bytes) -> None:
+    """Whatever arrives is a record or a DecodeError, nothing else."""
+    try:
+        assert isinstance(decode(data), StallRecord)
+    except DecodeError as error:
+        assert str(error)
+
+
+@given(st.sampled_from(RecordType), st.sampled_from(Source), st.binary(min_size=HEAD.size))
+def test_arbitrary_bytes_behind_a_good_start(kind: RecordType, source: Source, rest: bytes) -> None:
+    """The same with a head that reaches the later checks."""
+    try:
+        assert decode(struct.pack("=II", kind, source) + rest).type is kind
+    except DecodeError as error:
+        assert str(error)
+
+
+TASKS = st.lists(st.builds(TaskEntry, task=U64, pid=U32, flags=U32, comm=COMM), max_size=20)
+
+
+@given(TASKS)
+def test_tasks_round_trip(tasks: list[TaskEntry]) -> None:
+    """Every task that the iterator wrote comes back, in its order."""
+    assert list(decode_tasks(b"".join(TASK.pack(*task) for task in tasks))) == tasks
+
+
+@pytest.mark.parametrize("size", [1, TASK.size - 1, TASK.size + 1])
+def test_half_a_task(size: int) -> None:
+    """An entry that was cut is an error."""
+    with pytest.raises(DecodeError, match=f"{size} bytes"):
+        list(decode_tasks(bytes(size)))
