@@ -125,8 +125,11 @@ def _btf(path: str, headers: bool) -> Item:
             arguments = btf.tracepoint_args("sched_switch")
         finally:
             btf.close()
-    except (MissingAbilityError, OSError) as error:
-        # OSError: no libbpf, which is an item of its own.
+    except OSError:
+        return Item(
+            "BTF", State.MISSING, "not read: libbpf is missing", remedy="apt install libbpf1"
+        )
+    except MissingAbilityError as error:
         return Item(
             "BTF",
             State.DEGRADED if headers else State.MISSING,

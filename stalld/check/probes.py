@@ -84,9 +84,9 @@ def described(description: Description) -> list[Item]:
                 NET_RX_ACTION,
                 State.DEGRADED,
                 reasons or "neither kfunc nor kprobe",
-                "softirq_entry and softirq_exit of NET_RX stand in: nothing is missed, the time "
-                "includes theirs",
-                "none needed; a kernel with CONFIG_KPROBES=y or CONFIG_FUNCTION_TRACER=y traces it",
+                "softirq_entry and softirq_exit of NET_RX stand in: nothing is missed, the times "
+                "are those of the whole NET_RX handler",
+                "none needed; a kernel with CONFIG_KPROBES=y can trace it",
             )
         )
     else:

@@ -20,6 +20,8 @@ MAX_ONGOING = 4
 """``ongoing`` updates of one stall."""
 ONGOING_GROWTH = 4
 """A further one when the stall is this many times longer than at the last."""
+STUCK_PART = 3
+"""A task is stuck in the kernel when it was there for this part of the stall."""
 CLOSE_GRACE_NS = 200_000_000
 """How long to wait for a closing record once the kernel says the stall is over."""
 
@@ -151,9 +153,8 @@ class Tracker:
             self._open[record.cpu] = stall
         _take(stall, observation)
         if record.type is RecordType.CLOSE:
-            updates.append(
-                self._resolve(stall, Ended.RECORD, max(record.time_ns, stall.started_ns), 0)
-            )
+            # Not the record's own time: a tick may have sampled while it was written.
+            updates.append(self._resolve(stall, Ended.RECORD, stall.last_ns, 0))
         elif self._worth_a_line(stall):
             stall.ongoing += 1
             stall.reported_ns = stall.last_ns - stall.started_ns
@@ -184,7 +185,8 @@ class Tracker:
                 continue
             if known.seq == stall.seq and known.ended_ns >= stall.started_ns:
                 _take_waits(stall, known.wait_ns, known.ksoftirqd_wait_ns)
-                updates.append(self._resolve(stall, Ended.STATE, known.ended_ns, 0))
+                end_ns = max(known.ended_ns, stall.last_ns)
+                updates.append(self._resolve(stall, Ended.STATE, end_ns, 0))
             else:
                 updates.append(self._resolve(stall, Ended.LOST, stall.last_ns, 0))
         return updates
@@ -227,17 +229,7 @@ class Tracker:
             for vec, wait in enumerate(stall.wait_ns)
             if wait >= self.threshold_ns
         }
-        evidence = Evidence(
-            starved=bool(starved),
-            ksoftirqd_waited=stall.ksoftirqd_wait_ns >= self.threshold_ns,
-            ksoftirqd_runnable=stall.ksoftirqd_seen,
-            serves_inline=self._serves_inline(),
-            modes=_modes(stall.observations),
-            tasks=len({o.record.tid for o in seen}),
-            switches=stall.switches,
-            handler_ran=any(o.record.serving_vec != VEC_NONE for o in during),
-            enabled_late=stall.closing is not None and stall.closing.bottom_halves_enabled,
-        )
+        evidence = self._evidence(stall, during, bool(starved))
         record = culprit.record if culprit else None
         return Update(
             phase=phase,
@@ -261,6 +253,49 @@ class Tracker:
             ended=ended,
             record_ns=stall.last_ns if record_ns is None else record_ns,
         )
+
+    def _evidence(self, stall: _Stall, during: list[Observation], starved: bool) -> Evidence:
+        late = [o for o in during if max(o.record.wait_ns) >= self.threshold_ns]
+        stuck_ns = longest_in_kernel_ns(during, stall.closing)
+        duration_ns = stall.last_ns - stall.started_ns
+        return Evidence(
+            starved=starved,
+            starved_modes=frozenset(o.mode for o in late),
+            handler_ran=any(o.record.serving_vec != VEC_NONE for o in late),
+            enabled_late=stall.closing is not None and stall.closing.bottom_halves_enabled,
+            ksoftirqd_waited=stall.ksoftirqd_wait_ns >= self.threshold_ns,
+            ksoftirqd_runnable=stall.ksoftirqd_seen,
+            serves_inline=self._serves_inline(),
+            stuck=stuck_ns >= max(self.threshold_ns, duration_ns / STUCK_PART),
+            user=any(o.mode == "user" for o in stall.observations),
+            others=stall.switches > 0 or len({o.record.tid for o in during}) > 1,
+        )
+
+
+def longest_in_kernel_ns(during: list[Observation], closing: Observation | None) -> int:
+    """How long one task stayed in the kernel, for all that the samples show.
+
+    Two samples of one task with no context switch between them show that it had
+    the CPU all the time; before the first switch it had it since the stall began.
+    """
+    longest = 0
+    since = 0
+    before: Observation | None = None
+    for now in during:
+        record = now.record
+        same = before is not None and (
+            before.record.tid == record.tid and before.record.switches == record.switches
+        )
+        if now.mode != "kernel":
+            before = None
+            continue
+        if not same:
+            since = record.time_ns if record.switches else record.started_ns
+        longest = max(longest, record.time_ns - since)
+        before = now
+    if before and closing and closing.record.switches == before.record.switches:
+        longest = max(longest, closing.record.time_ns - since)
+    return longest
 
 
 def _take(stall: _Stall, observation: Observation) -> None:
@@ -286,15 +321,24 @@ def _take_waits(stall: _Stall, wait_ns: tuple[int, ...], ksoftirqd_wait_ns: int)
 
 
 def _most_seen(observations: list[Observation]) -> Observation | None:
-    """The first sample of the task and stack that were seen most often."""
+    """The first sample of the task, and of its stack, that had the CPU longest.
+
+    A sample stands for the time since the one before, as their spacing grows.
+    """
     if not observations:
         return None
-    tids = Counter(o.record.tid for o in observations)
-    tid = tids.most_common(1)[0][0]
-    own = [o for o in observations if o.record.tid == tid]
-    paths = Counter(_path(o) for o in own)
-    path = paths.most_common(1)[0][0]
-    return next(o for o in own if _path(o) == path)
+    tasks: Counter[int] = Counter()
+    paths: Counter[tuple[int, tuple[str, ...]]] = Counter()
+    before_ns = observations[0].record.started_ns
+    for observation in observations:
+        record = observation.record
+        spent_ns = max(1, record.time_ns - before_ns)
+        before_ns = record.time_ns
+        tasks[record.tid] += spent_ns
+        paths[record.tid, _path(observation)] += spent_ns
+    tid = tasks.most_common(1)[0][0]
+    longest = max((key for key in paths if key[0] == tid), key=paths.__getitem__)
+    return next(o for o in observations if (o.record.tid, _path(o)) == longest)
 
 
 def _path(observation: Observation) -> tuple[str, ...]:
@@ -315,9 +359,3 @@ def _blocker(observation: Observation | None) -> Blocker | None:
         record.prio,
         record.cgroup_id,
     )
-
-
-def _modes(observations: list[Observation]) -> frozenset[str | None]:
-    """What was interrupted. A task that gives way may just have entered the kernel to do so."""
-    during = frozenset(o.mode for o in observations if o.record.source is Source.TICK)
-    return during or frozenset(o.mode for o in observations if o.mode == "user")

@@ -23,47 +23,48 @@ class Evidence(NamedTuple):
 
     Attributes:
         starved: a watched vector waited for the threshold or longer.
+        starved_modes: modes of the samples that saw such a vector pending.
+        handler_ran: a softirq handler was in service at one of those samples.
+        enabled_late: the late vector was served when a task enabled bottom
+            halves again.
         ksoftirqd_waited: ksoftirqd was runnable for the threshold or longer.
-        ksoftirqd_runnable: it was runnable at some sample, however short.
+        ksoftirqd_runnable: it was runnable at some record, however short.
         serves_inline: this kernel serves softirqs while ksoftirqd is runnable;
             None: not learned yet.
-        modes: modes of the samples taken during the stall; without any,
-            "user" where the task gave way out of user mode.
-        tasks: how many tasks those samples saw.
-        switches: context switches while ksoftirqd waited.
-        handler_ran: a softirq handler was in service at a sample.
-        enabled_late: the late vector was served when a task in the kernel
-            enabled bottom halves again.
+        stuck: one task was in the kernel, without a context switch, for the
+            threshold or longer and for a good part of the stall.
+        user: a task was interrupted in user mode, or gave way out of it.
+        others: context switches while ksoftirqd waited, or several tasks seen.
     """
 
-    starved: bool
-    ksoftirqd_waited: bool
-    ksoftirqd_runnable: bool
-    serves_inline: bool | None
-    modes: frozenset[str | None]
-    tasks: int
-    switches: int
-    handler_ran: bool
-    enabled_late: bool
+    starved: bool = False
+    starved_modes: frozenset[str | None] = frozenset()
+    handler_ran: bool = False
+    enabled_late: bool = False
+    ksoftirqd_waited: bool = False
+    ksoftirqd_runnable: bool = False
+    serves_inline: bool | None = None
+    stuck: bool = False
+    user: bool = False
+    others: bool = False
 
 
 def decide(evidence: Evidence) -> Verdict:
     """The verdict that the evidence supports; UNKNOWN when it supports none."""
-    in_kernel = evidence.modes == {"kernel"}
-    alone = evidence.tasks == 1 and evidence.switches == 0
     if evidence.starved:
         if evidence.handler_ran:
             return Verdict.UNKNOWN
         deferred = evidence.ksoftirqd_runnable and evidence.serves_inline is not True
         if not deferred:
             # Every interrupt's end would have served it: something forbade that.
-            late = evidence.enabled_late and not evidence.modes - {"kernel"}
+            in_kernel = evidence.starved_modes == {"kernel"}
+            late = evidence.enabled_late and evidence.starved_modes <= {"kernel"}
             return Verdict.SOFTIRQS_DISABLED if in_kernel or late else Verdict.UNKNOWN
     elif not evidence.ksoftirqd_waited:
         return Verdict.UNKNOWN
-    if in_kernel and alone:
+    if evidence.stuck:
         return Verdict.STUCK_IN_KERNEL
-    if evidence.switches or evidence.tasks > 1 or "user" in evidence.modes:
+    if evidence.others or evidence.user:
         return Verdict.CPU_CONTENTION
     return Verdict.UNKNOWN
 

@@ -21,6 +21,7 @@ Event = dict[str, Any]
 
 COMMAND = str(Path(sys.executable).with_name("softirq-stalld"))
 THRESHOLD_MS = 10.0
+STALLED_CPU = 1
 START_TIMEOUT_S = 90.0
 
 
@@ -123,6 +124,8 @@ class Daemon:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
+        # Not where the stalls are: we want to know when a line came, not when we could look.
+        os.sched_setaffinity(0, os.sched_getaffinity(0) - {STALLED_CPU} or {STALLED_CPU})
         for line in self.process.stdout:
             event = json.loads(line)
             event["read_ns"] = time.monotonic_ns()

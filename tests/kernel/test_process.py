@@ -13,10 +13,10 @@ import pytest
 
 from tests.injector import Injector, Kind, Mode, Pressure, Truth
 from tests.kernel.daemon import COMMAND, Daemon, children, our_programs
+from tests.kernel.daemon import STALLED_CPU as CPU
 
 pytestmark = pytest.mark.kernel
 
-CPU = 1
 MAX_RSS_KIB = 45 * 1024
 
 

@@ -8,11 +8,11 @@ import time
 import pytest
 
 from tests.injector import Injector, Kind, KsoftirqdTruth, Mode, Pressure
+from tests.kernel.daemon import STALLED_CPU as CPU
 from tests.kernel.daemon import THRESHOLD_MS, Daemon, overlap
 
 pytestmark = pytest.mark.kernel
 
-CPU = 1
 STALLS = 100
 DURATION_MS = 50.0
 TICK_MARGIN_MS = 10.0
@@ -52,9 +52,7 @@ def test_preemption_off(daemon: Daemon) -> None:
             truth = injector.inject(Kind.PREEMPT_OFF, DURATION_MS, pressure=pressure)
             time.sleep(0.08)
             for wait in ksoftirqd.waits(truth.start_ns, truth.end_ns):
-                inside_ns = min(wait.ran_ns or 0, truth.end_ns) - max(
-                    wait.woken_ns, truth.start_ns
-                )
+                inside_ns = min(wait.ran_ns or 0, truth.end_ns) - max(wait.woken_ns, truth.start_ns)
                 if inside_ns >= (THRESHOLD_MS + TICK_MARGIN_MS) * 1e6:
                     expected.append((truth, wait))
         time.sleep(0.5)
