@@ -86,7 +86,11 @@ class Pipeline:
         stack = self.symbols.trimmed(record.kernel_stack, kind)
         cut = self.symbols.format_stack(record.kernel_stack)[: stack.cut]
         enabled = kind == "entry" and any(f.partition("+0x")[0] in _BH_ENABLE for f in cut)
-        return Observation(record, stack.mode, stack.frames, enabled)
+        below = None
+        if stack.mode in ("softirq", "hardirq"):
+            below = "kernel" if len(stack.frames) > stack.own else "user"
+            below = below if record.tid else "idle"
+        return Observation(record, stack.mode, stack.frames, enabled, below)
 
     def _emit(self, updates: list[Update]) -> None:
         if not updates:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from stalld import __version__
-from stalld.check import host
+from stalld.check import host, kernel
 from stalld.check.probes import try_probes
 from stalld.check.report import Item, Report, State, render
 from stalld.probe import capabilities
@@ -19,7 +19,7 @@ def check() -> Report:
 
     Loads one CPU for at most 0.3 s (see :mod:`stalld.check.stimulus`).
     """
-    symbols, defers = host.symbols()
+    symbols, defers = kernel.symbols()
     items = [
         host.kernel(),
         host.granted(capabilities.effective()),
@@ -28,5 +28,5 @@ def check() -> Report:
         *host.types(),
     ]
     trial = try_probes(tick_ns(), defers)
-    items += [*trial.items, symbols, host.pmu(), *host.tick(tick_ns()), host.preemption()]
+    items += [*trial.items, symbols, kernel.pmu(), *kernel.tick(tick_ns()), kernel.preemption()]
     return Report(__version__, os.uname().release, tuple(items), trial.serves_inline)

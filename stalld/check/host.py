@@ -1,16 +1,12 @@
-"""What can be learned of this host without loading the probes."""
+"""What the probes need of this host: capabilities, libraries, type information."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
-import gzip
 import importlib.util
 import os
 import platform
 import re
-import struct
-import time
 from pathlib import Path
 
 from stalld.check.report import Item, State
@@ -18,17 +14,6 @@ from stalld.errors import MissingAbilityError
 from stalld.probe import capabilities
 from stalld.probe.btf import VMLINUX_BTF, Btf
 from stalld.probe.headers import FIELDS, distribution_headers, structs
-
-_SYSCALL_NR = {"x86_64": 298, "aarch64": 241, "riscv64": 241, "ppc64le": 319, "s390x": 331}
-# struct perf_event_attr: type, size, config, period, two formats, flags, the rest zero.
-_ATTR = struct.Struct("=IIQQQQQ24x")
-_PERF_TYPE_HARDWARE = 0
-_PERF_COUNT_HW_CPU_CYCLES = 0
-_ATTR_DISABLED = 1
-_PERF_FLAG_FD_CLOEXEC = 8
-
-PREEMPT_DEBUG = "/sys/kernel/debug/sched/preempt"
-_MODELS = {"NONE": "none", "VOLUNTARY": "voluntary", "LAZY": "lazy", "RT": "rt"}
 
 
 def kernel() -> Item:
@@ -142,159 +127,3 @@ def _btf(path: str, headers: bool) -> Item:
         )
     fields = ", ".join(f"{name} {len(wanted)}" for name, wanted in FIELDS.items())
     return Item("BTF", State.OK, f"fields found: {fields}; sched_switch passes {arguments}")
-
-
-def symbols(path: str = "/proc/kallsyms") -> tuple[Item, bool]:
-    """Are the addresses of kernel symbols visible?
-
-    Returns:
-        The item, and whether the kernel has a function ksoftirqd_running.
-    """
-    visible = defers = False
-    count = 0
-    reason = "the kernel shows every address as zero"
-    try:
-        with open(path, "rb") as lines:
-            for line in lines:
-                count += 1
-                address, _, rest = line.partition(b" ")
-                visible = visible or address.strip(b"0") != b""
-                # Compilers append .isra.0 and the like.
-                name = rest[2:].split(maxsplit=1)[0] if rest[2:].strip() else b""
-                defers = defers or name.partition(b".")[0] == b"ksoftirqd_running"
-    except OSError as error:
-        reason = str(error)
-    if visible:
-        return Item("kernel symbols", State.OK, f"visible, {count} of them"), defers
-    restrict = _read("/proc/sys/kernel/kptr_restrict").strip() or "unknown"
-    item = Item(
-        "kernel symbols",
-        State.DEGRADED,
-        f"hidden: {reason} (kernel.kptr_restrict={restrict})",
-        "stacks are bare addresses; modes and verdicts are unknown",
-        "grant CAP_SYSLOG, and set kernel.kptr_restrict to 0 or 1"
-        if restrict == "2"
-        else "grant CAP_SYSLOG",
-    )
-    return item, defers
-
-
-def pmu() -> Item:
-    """Can hardware cycles be counted, and so NMIs be had?"""
-    number = _SYSCALL_NR.get(platform.machine())
-    remedy = "none on a virtual machine without a virtual PMU; let the hypervisor provide one"
-    reason = f"perf_event_open on {platform.machine()} is not known"
-    if number is not None:
-        flags = _ATTR_DISABLED
-        attr = _ATTR.pack(
-            _PERF_TYPE_HARDWARE, _ATTR.size, _PERF_COUNT_HW_CPU_CYCLES, 0, 0, 0, flags
-        )
-        libc = ctypes.CDLL(None, use_errno=True)
-        fd: int = libc.syscall(
-            ctypes.c_long(number),
-            ctypes.c_char_p(attr),
-            ctypes.c_int(-1),
-            ctypes.c_int(min(os.sched_getaffinity(0))),
-            ctypes.c_int(-1),
-            ctypes.c_ulong(_PERF_FLAG_FD_CLOEXEC),
-        )
-        if fd >= 0:
-            os.close(fd)
-            return Item("PMU", State.OK, "hardware cycles can be counted")
-        reason = f"no hardware cycles: {os.strerror(ctypes.get_errno())}"
-        if ctypes.get_errno() in (errno.EPERM, errno.EACCES):
-            remedy = "grant CAP_PERFMON"
-    return Item(
-        "PMU",
-        State.MISSING,
-        reason,
-        "a stall with interrupts off is seen only when it ends, with the stack of that moment",
-        remedy,
-    )
-
-
-def tick(tick_ns: int) -> list[Item]:
-    """Period of the tick, and whether it is a high resolution timer.
-
-    Args:
-        tick_ns: its period in nanoseconds.
-    """
-    period = tick_ns / 1e6
-    items = [
-        Item("tick", State.OK, f"{period:g} ms", f"stacks during a stall are {period:g} ms apart")
-    ]
-    # The kernel's hrtimer_resolution: 1 ns in high resolution mode, else one tick.
-    resolution_ns = round(time.clock_getres(time.CLOCK_MONOTONIC) * 1e9)
-    if resolution_ns == 1:
-        items.append(Item("high resolution timers", State.OK, "active"))
-    else:
-        items.append(
-            Item(
-                "high resolution timers",
-                State.DEGRADED,
-                f"not active: timers have a resolution of {resolution_ns / 1e6:g} ms",
-                "the tick is not seen, so no samples during a stall: stalls are seen when they end",
-                "remove highres=off from the kernel's command line, use a clock source fit for it "
-                "(see dmesg), CONFIG_HIGH_RES_TIMERS=y",
-            )
-        )
-    return items
-
-
-def preemption() -> Item:
-    """The preemption model, from the most telling source that is readable."""
-    model = preemption_model(
-        _read(PREEMPT_DEBUG), _read("/proc/cmdline"), _config(), os.uname().version
-    )
-    effects = {
-        "none": "a long system call keeps ksoftirqd from the CPU",
-        "voluntary": "a long system call without cond_resched() keeps ksoftirqd from the CPU",
-        "lazy": "a long system call keeps ksoftirqd from the CPU for up to a tick or two",
-        "full": "ksoftirqd waits only for code with preemption or bottom halves off",
-        "rt": "ksoftirqd waits for code with bottom halves off and for tasks of higher priority",
-    }
-    return Item(
-        "preemption", State.OK, model or "unknown", effects.get(model.partition(" ")[0], "")
-    )
-
-
-def preemption_model(debug: str, cmdline: str, config: str, version: str) -> str:
-    """``none``, ``voluntary``, ``full``, ``lazy`` or ``rt`` and its source; "" unknown.
-
-    Args:
-        debug: ``/sys/kernel/debug/sched/preempt``, the one in force in brackets.
-        cmdline: the kernel's command line.
-        config: the kernel's configuration.
-        version: ``uname -v``.
-    """
-    chosen = re.search(r"\((\w+)\)", debug)
-    if chosen:
-        return f"{chosen[1]} (now)"
-    if "PREEMPT_RT" in version:
-        return "rt (uname -v)"
-    dynamic = "PREEMPT_DYNAMIC" in version or "CONFIG_PREEMPT_DYNAMIC=y" in config
-    asked = re.findall(r"(?:^|\s)preempt=(\w+)", cmdline)
-    if dynamic and asked:
-        return f"{asked[-1]} (kernel command line)"
-    # With PREEMPT_DYNAMIC these hold the default.
-    built = re.search(r"^CONFIG_PREEMPT(?:_(NONE|VOLUNTARY|LAZY|RT))?=y", config, re.MULTILINE)
-    if built:
-        return f"{_MODELS.get(built[1], 'full')} (kernel configuration)"
-    if not dynamic and re.search(r"\bPREEMPT\b", version):
-        return "full (uname -v)"
-    return ""
-
-
-def _config() -> str:
-    try:
-        with gzip.open("/proc/config.gz", "rt") as file:
-            return file.read()
-    except OSError:
-        return _read(f"/boot/config-{platform.release()}")
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(errors="replace")
-    except OSError:
-        return ""

@@ -21,13 +21,16 @@ from contextlib import suppress
 
 LIMIT_S = 0.3
 """The load never lasts longer."""
-FAIR_S = 0.15
-"""Only after this much of it a real-time sender joins, where that is allowed."""
+FAIR_S = 0.1
+"""Only after this much of it real-time senders join, where that is allowed."""
 _LOOK_EVERY_S = 0.005
 
 # Wheel timers that expire at every tick raise TIMER at every tick.
 _WAIT_US = 1000
-_BURST = 64
+_DATAGRAMS = 64
+# A burst spans more than one tick of 100 Hz, as a deferral does.
+_BURST_S = 0.012
+_PAUSE_S = 0.002
 _DISCARD = ("127.0.0.1", 9)
 
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "ppc64le": 355, "s390x": 345}
@@ -49,7 +52,7 @@ def stimulate(cpu: int, seen: Callable[[], bool]) -> float:
     end = begun + LIMIT_S
     children: list[int] = []
     try:
-        for work in (_send, _send, _send, _wait_briefly, _send_real_time):
+        for work in (*[_send] * 3, _wait_briefly, *[_send_real_time] * 2):
             children.append(_start(work, cpu, end))
         while time.monotonic() < end and not seen():
             time.sleep(_LOOK_EVERY_S)
@@ -83,15 +86,22 @@ def _send(end: float) -> None:
 def _flood(end: float) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         while time.monotonic() < end:
-            for _ in range(_BURST):
+            for _ in range(_DATAGRAMS):
                 sender.sendto(b"", _DISCARD)
+            # Real-time senders take turns, since a deferral shows at a switch.
+            os.sched_yield()
 
 
 def _send_real_time(end: float) -> None:
-    """Above ksoftirqd's priority it has to wait for certain; needs CAP_SYS_NICE."""
+    """Above ksoftirqd's priority it has to wait for certain; needs CAP_SYS_NICE.
+
+    In bursts: each wake-up asks the CPU to reschedule in what may be a handler.
+    """
     time.sleep(FAIR_S)
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-    _flood(end)
+    while time.monotonic() < end:
+        time.sleep(_PAUSE_S)
+        _flood(min(end, time.monotonic() + _BURST_S))
 
 
 def _wait_briefly(end: float) -> None:

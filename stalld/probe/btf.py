@@ -106,12 +106,12 @@ class Btf:
         type_id = self.find(struct_name, _STRUCT)
         if type_id is None:
             raise MissingAbilityError(f"{self.path} has no struct {struct_name}")
-        members = {name: (member, bits) for name, member, bits in self._members(type_id, 0)}
+        members = {name: rest for name, *rest in self._members(type_id, 0)}
         for name in names:
             if name not in members:
                 continue
-            member, bits = members[name]
-            if bits % 8:
+            member, bits, width = members[name]
+            if width or bits % 8:
                 raise MissingAbilityError(f"{struct_name}.{name} is a bit-field in {self.path}")
             size, declaration = self._declare(member)
             return Field(name, bits // 8, size, declaration)
@@ -136,15 +136,16 @@ class Btf:
         name: bytes = self._lib.btf__name_by_offset(self._btf, offset) or b""
         return name.decode("utf-8", "replace")
 
-    def _members(self, type_id: int, base: int) -> Iterator[tuple[str, int, int]]:
-        """Name, type id and bit offset of each member."""
+    def _members(self, type_id: int, base: int) -> Iterator[tuple[str, int, int, int]]:
+        """Name, type id, bit offset and bit-field width (0: none) of each member."""
         whole = self._type(type_id)
         raw = ctypes.string_at(whole.address, whole.vlen * _ENTRY.size)
         for name_offset, member, offset in _ENTRY.iter_unpack(raw):
-            bits = base + (offset & 0xFFFFFF if whole.bitfields else offset)
+            width, bits = divmod(offset, 1 << 24) if whole.bitfields else (0, offset)
+            bits += base
             name = self._name(name_offset)
             if name:
-                yield name, member, bits
+                yield name, member, bits, width
             elif self._type(member).kind in (_STRUCT, _UNION):
                 yield from self._members(member, bits)
 

@@ -8,6 +8,7 @@ writes a :class:`Request`; the child answers once, with descriptors and a
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
 from dataclasses import asdict, dataclass, field
@@ -83,8 +84,22 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
     Raises:
         EOFError: the other side closed first.
+        ProbeError: what came is not a message.
     """
     head, fds, _, _ = socket.recv_fds(sock, _LENGTH.size, _MAX_FDS)
+    for fd in fds:
+        # recv_fds() ignores MSG_CMSG_CLOEXEC before Python 3.12.
+        os.set_inheritable(fd, False)
+    try:
+        return _body(sock, head), list(fds)
+    except BaseException:
+        # Descriptors without their names would stay open for good.
+        for fd in fds:
+            os.close(fd)
+        raise
+
+
+def _body(sock: socket.socket, head: bytes) -> dict[str, Any]:
     if len(head) < _LENGTH.size:
         raise EOFError("no message")
     (length,) = _LENGTH.unpack(head)
@@ -94,10 +109,13 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
         if not chunk:
             raise EOFError("the message was cut short")
         body += chunk
-    message = json.loads(body)
+    try:
+        message = json.loads(body)
+    except ValueError:
+        message = None
     if not isinstance(message, dict):
         raise ProbeError("the probe child sent something that is not a message")
-    return message, list(fds)
+    return message
 
 
 def request_message(request: Request) -> dict[str, Any]:

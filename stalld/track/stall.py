@@ -32,13 +32,20 @@ class Observation(NamedTuple):
     ``mode``: what the stack interrupted: kernel, user, softirq, hardirq, idle
     or None. ``frames``: the culprit's frames, innermost first.
     ``bottom_halves_enabled``: the record was written when the task enabled
-    bottom halves again, so it had held them off.
+    bottom halves again, so it had held them off. ``below``: in softirq or
+    hardirq mode what that came over: kernel, user or idle.
     """
 
     record: StallRecord
     mode: str | None
     frames: tuple[str, ...]
     bottom_halves_enabled: bool = False
+    below: str | None = None
+
+    @property
+    def task_mode(self) -> str | None:
+        """Where the task itself was, whatever interrupted it."""
+        return self.below if self.mode in ("softirq", "hardirq") else self.mode
 
 
 class Phase(enum.StrEnum):
@@ -267,7 +274,7 @@ class Tracker:
             ksoftirqd_runnable=stall.ksoftirqd_seen,
             serves_inline=self._serves_inline(),
             stuck=stuck_ns >= max(self.threshold_ns, duration_ns / STUCK_PART),
-            user=any(o.mode == "user" for o in stall.observations),
+            user=any(o.task_mode == "user" for o in stall.observations),
             others=stall.switches > 0 or len({o.record.tid for o in during}) > 1,
         )
 
@@ -286,7 +293,7 @@ def longest_in_kernel_ns(during: list[Observation], closing: Observation | None)
         same = before is not None and (
             before.record.tid == record.tid and before.record.switches == record.switches
         )
-        if now.mode != "kernel":
+        if now.task_mode != "kernel":
             before = None
             continue
         if not same:

@@ -54,12 +54,13 @@ def decide(evidence: Evidence) -> Verdict:
     if evidence.starved:
         if evidence.handler_ran:
             return Verdict.UNKNOWN
+        if evidence.enabled_late and evidence.starved_modes <= {"kernel"}:
+            return Verdict.SOFTIRQS_DISABLED
         deferred = evidence.ksoftirqd_runnable and evidence.serves_inline is not True
         if not deferred:
             # Every interrupt's end would have served it: something forbade that.
             in_kernel = evidence.starved_modes == {"kernel"}
-            late = evidence.enabled_late and evidence.starved_modes <= {"kernel"}
-            return Verdict.SOFTIRQS_DISABLED if in_kernel or late else Verdict.UNKNOWN
+            return Verdict.SOFTIRQS_DISABLED if in_kernel else Verdict.UNKNOWN
     elif not evidence.ksoftirqd_waited:
         return Verdict.UNKNOWN
     if evidence.stuck:

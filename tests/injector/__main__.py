@@ -24,20 +24,38 @@ _SETTLE_S = 0.05
 """A wait that a stall caused ends this soon after it."""
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def _milliseconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < 3_600_000:
+        raise ValueError(text)
+    return number
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.injector",
         description="Make real, bounded stalls of one CPU. One JSON line of truth per stall.",
     )
-    parser.add_argument("kind", choices=[*Kind, "list"], help="of stall; or list them all")
+    parser.add_argument(
+        "kind", choices=[*map(str, Kind), "list"], help="of stall; or list them all"
+    )
     parser.add_argument("--cpu", type=int, default=0, help="to stall (default 0)")
     parser.add_argument("--duration-ms", type=float, default=50.0, help="default 50, at most 500")
-    parser.add_argument("--count", type=int, default=1, help="of stalls (default 1)")
+    parser.add_argument("--count", type=_count, default=1, help="of stalls (default 1)")
     gap = parser.add_mutually_exclusive_group()
-    gap.add_argument("--gap-ms", type=float, default=200.0, help="between stalls (default 200)")
+    gap.add_argument(
+        "--gap-ms", type=_milliseconds, default=200.0, help="between stalls (default 200)"
+    )
     gap.add_argument("--random-gap", action="store_true", help="0 to 500 ms instead")
     parser.add_argument(
-        "--pressure", choices=list(Mode), help="on that CPU (default: what the kind needs)"
+        "--pressure", choices=[*map(str, Mode)], help="on that CPU (default: what the kind needs)"
     )
     parser.add_argument("--idle", action="store_true", help="irqs_off: hit an idle CPU")
     return parser.parse_args(argv)

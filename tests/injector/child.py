@@ -104,11 +104,13 @@ def be_child(comm: str) -> list[str]:
 
 
 def serve(handle: Handler) -> None:
-    """Answer requests until stdin closes."""
+    """Answer requests until the parent closes the pipes or is gone."""
     for line in sys.stdin:
         try:
             answer = dict(handle(json.loads(line)))
         except InjectorError as error:
             answer = {"error": str(error), "unsupported": isinstance(error, UnsupportedError)}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        try:
+            os.write(sys.stdout.fileno(), json.dumps(answer).encode() + b"\n")
+        except BrokenPipeError:
+            return

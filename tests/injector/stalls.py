@@ -145,6 +145,8 @@ class IrqsOff(_BpfStall):
 
     def make(self, duration_ns: int) -> Made:
         task = self._start_task() if self._busy else None
+        # This process is no culprit: it waits on its CPU, likewise stuck, for the one it stalls.
+        system.set_comm("inj-ipi-sender")
         try:
             system.pin(self._sender)
             self.order(duration_ns, 0)

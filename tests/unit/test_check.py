@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stalld.check import host
+from stalld.check import host, kernel
 from stalld.check.probes import behaviour_item, described
 from stalld.check.report import Item, Report, State, render
 from stalld.probe import capabilities
@@ -188,7 +188,7 @@ DYNAMIC = "CONFIG_PREEMPT_NONE=y\nCONFIG_PREEMPT_DYNAMIC=y\n"
 )
 def test_preemption_model(debug: str, cmdline: str, config: str, version: str, model: str) -> None:
     """The model in force beats the command line, that the configuration, that the version."""
-    assert host.preemption_model(debug, cmdline, config, version) == model
+    assert kernel.preemption_model(debug, cmdline, config, version) == model
 
 
 @pytest.mark.parametrize(
@@ -204,13 +204,13 @@ def test_symbols(tmp_path: Path, text: str, state: str, defers: bool) -> None:
     """Addresses that are all zero are hidden; ksoftirqd_running is found under any suffix."""
     path = tmp_path / "kallsyms"
     path.write_text(text)
-    found, has = host.symbols(str(path))
+    found, has = kernel.symbols(str(path))
     assert (found.state, has) == (state, defers)
 
 
 def test_no_symbols(tmp_path: Path) -> None:
     """A kernel without kallsyms degrades and is no traceback."""
-    found, _ = host.symbols(str(tmp_path / "none"))
+    found, _ = kernel.symbols(str(tmp_path / "none"))
     assert found.state is State.DEGRADED
     assert "No such file" in found.detail
 

@@ -34,8 +34,7 @@ STACKS = {
     "user_stack": st.lists(U64, max_size=USER_STACK_DEPTH).map(tuple),
 }
 WORDS = {
-    name: U64
-    for name in ("time_ns", "started_ns", "ksoftirqd_wait_ns", "serving_ns", "cgroup_id")
+    name: U64 for name in ("time_ns", "started_ns", "ksoftirqd_wait_ns", "serving_ns", "cgroup_id")
 } | {
     name: U32
     for name in ("cpu", "seq", "tgid", "tid", "task_flags", "policy", "prio", "serving_vec")

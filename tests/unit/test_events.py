@@ -70,7 +70,9 @@ def test_every_time_has_the_same_form(wall_ns: int) -> None:
     assert re.fullmatch(SCHEMA["$defs"]["time"]["pattern"], events.rfc3339(wall_ns))
 
 
-@pytest.mark.parametrize(("ns", "ms"), [(0, 0.0), (499, 0.0), (12_345_678, 12.346), (10 * MS, 10.0)])
+@pytest.mark.parametrize(
+    ("ns", "ms"), [(0, 0.0), (499, 0.0), (12_345_678, 12.346), (10 * MS, 10.0)]
+)
 def test_milliseconds(ns: int, ms: float) -> None:
     """Numbers to the microsecond."""
     assert events.milliseconds(ns) == ms

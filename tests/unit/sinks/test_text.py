@@ -45,7 +45,9 @@ def test_brief() -> None:
     bare = stall(
         phase="ongoing", starved={}, ksoftirqd=None, blocker=None, stack={"kernel": [], "user": []}
     )
-    assert render(bare) == "T warning stall cpu 3: 51.3 ms so far, stuck_in_kernel; starved: nothing"
+    assert (
+        render(bare) == "T warning stall cpu 3: 51.3 ms so far, stuck_in_kernel; starved: nothing"
+    )
 
 
 @pytest.mark.parametrize("more", [0, 1, 100])
@@ -71,7 +73,7 @@ def test_unknown_mode() -> None:
         ("\x9b2J", "\\x9b2J"),
         ("\u202eevil\u2066\u200b\u2028", "\\u202eevil\\u2066\\u200b\\u2028"),
         ("\ud800", "\\ud800"),
-        ("it's \"fine\" café 日本", "it's \"fine\" café 日本"),
+        ('it\'s "fine" café 日本', 'it\'s "fine" café 日本'),
     ],
 )
 def test_control_characters_are_escaped(given_text: str, shown: str) -> None:

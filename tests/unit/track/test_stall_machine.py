@@ -118,7 +118,9 @@ class TrackerMachine(RuleBasedStateMachine):
     @rule(torn=st.booleans())
     def expire(self, torn: bool) -> None:
         """The daemon looks for lost closing records; the words it reads may not fit together."""
-        for update in self._take(self.tracker.expire(self.now_ns, lambda cpu: self._state(cpu, torn))):
+        for update in self._take(
+            self.tracker.expire(self.now_ns, lambda cpu: self._state(cpu, torn))
+        ):
             assert update.phase is Phase.RESOLVED
             assert update.ended in (Ended.STATE, Ended.LOST)
             known = self.kernel[update.cpu]
