@@ -88,7 +88,7 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """
     head, fds, _, _ = socket.recv_fds(sock, _LENGTH.size, _MAX_FDS)
     for fd in fds:
-        # recv_fds() ignores MSG_CMSG_CLOEXEC before Python 3.12.
+        # recv_fds() of Python 3.11 drops its flags, so MSG_CMSG_CLOEXEC with them.
         os.set_inheritable(fd, False)
     try:
         return _body(sock, head), list(fds)

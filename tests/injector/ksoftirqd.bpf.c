@@ -20,6 +20,12 @@ enum what {
 struct task_struct {
 	int pid;
 	char comm[16];
+	unsigned int __state;
+} __attribute__((preserve_access_index));
+
+/* Before commit 2f064a59a11f (5.14). */
+struct task_struct___old {
+	long state;
 } __attribute__((preserve_access_index));
 
 struct entry {
@@ -82,6 +88,16 @@ static __always_inline void note_other(struct entry *entry, struct task_struct *
 	BPF_CORE_READ_STR_INTO(&entry->other_comm, other, comm);
 }
 
+/* Preempted in whatever state, or woken on its way to sleep. */
+static __always_inline int still_runnable(__u64 preempted, struct task_struct *prev)
+{
+	if (preempted)
+		return 1;
+	if (bpf_core_field_exists(prev->__state))
+		return BPF_CORE_READ(prev, __state) == 0;
+	return BPF_CORE_READ((struct task_struct___old *)prev, state) == 0;
+}
+
 SEC("raw_tp/sched_wakeup")
 int watch_sched_wakeup(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -114,7 +130,7 @@ int watch_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 		if (entry)
 			note_other(entry, prev);
 	} else if (BPF_CORE_READ(prev, pid) == pid) {
-		entry = append(ctx->args[0] ? PREEMPTED : LEFT_CPU);
+		entry = append(still_runnable(ctx->args[0], prev) ? PREEMPTED : LEFT_CPU);
 		if (entry)
 			note_other(entry, next);
 	}

@@ -15,6 +15,7 @@
 #include <linux/bpf.h>
 #include <linux/pkt_cls.h>
 #include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
 
 #define MAX_SPIN_NS (500 * 1000 * 1000ULL)
 #define USEC 1000ULL
@@ -26,8 +27,14 @@
 #define MARK_BH_OFF 0x51000000
 #define MARK_SOFTIRQ_HOG 0x52000000
 
+struct task_struct {
+	int pid;
+	int tgid;
+	char comm[16];
+} __attribute__((preserve_access_index));
+
 struct order {
-	__u64 spin_ns; /* taken once, then 0; tc programs have it in the mark */
+	__u64 spin_ns; /* taken once, then 0; tc programs want it in the mark, too */
 	__u32 tid; /* whose system call or tick */
 	__s32 syscall; /* number of getppid on this machine */
 };
@@ -36,7 +43,7 @@ struct truth {
 	__u64 start_ns; /* CLOCK_MONOTONIC */
 	__u64 end_ns;
 	__u32 cpu;
-	__u32 tgid; /* 0: the hook does not tell on all kernels */
+	__u32 tgid; /* of the task that was current */
 	__u32 tid;
 	char comm[16];
 };
@@ -92,26 +99,22 @@ static __always_inline struct order *the_order(void)
 	return bpf_map_lookup_elem(&orders, &zero);
 }
 
+/* tc programs may ask for the task on all kernels, for its pid only since 6.10. */
 static __always_inline struct truth *begin(__u64 spin_ns)
 {
+	struct task_struct *task = (void *)bpf_get_current_task();
 	__u32 zero = 0;
 	struct truth *truth = bpf_map_lookup_elem(&truths, &zero);
 
 	if (!truth || !spin_ns || spin_ns > MAX_SPIN_NS)
 		return 0;
 	truth->cpu = bpf_get_smp_processor_id();
+	truth->tgid = BPF_CORE_READ(task, tgid);
+	truth->tid = BPF_CORE_READ(task, pid);
+	BPF_CORE_READ_STR_INTO(&truth->comm, task, comm);
 	truth->end_ns = 0;
 	truth->start_ns = bpf_ktime_get_ns();
 	return truth;
-}
-
-static __always_inline void note_current(struct truth *truth)
-{
-	__u64 id = bpf_get_current_pid_tgid();
-
-	truth->tgid = id >> 32;
-	truth->tid = id;
-	bpf_get_current_comm(truth->comm, sizeof(truth->comm));
 }
 
 static __always_inline __u64 take(struct order *order)
@@ -136,7 +139,6 @@ int stall_preempt_off(struct bpf_raw_tracepoint_args *ctx)
 	truth = begin(spin_ns);
 	if (!truth)
 		return 0;
-	note_current(truth);
 	injected_spin_preempt_off(truth->start_ns + spin_ns);
 	truth->end_ns = bpf_ktime_get_ns();
 	return 0;
@@ -156,7 +158,6 @@ int stall_irqs_off(struct bpf_raw_tracepoint_args *ctx)
 	truth = begin(spin_ns);
 	if (!truth)
 		return 0;
-	note_current(truth);
 	injected_spin_irqs_off(truth->start_ns + spin_ns);
 	truth->end_ns = bpf_ktime_get_ns();
 	return 0;
@@ -175,44 +176,45 @@ int stall_irqs_off_timer(struct bpf_raw_tracepoint_args *ctx)
 	truth = begin(spin_ns);
 	if (!truth)
 		return 0;
-	note_current(truth);
 	injected_spin_irqs_off_timer(truth->start_ns + spin_ns);
 	truth->end_ns = bpf_ktime_get_ns();
 	return 0;
 }
 
+/* How long the packet's mark and the order agree to spin; 0 if they do not. */
+static __always_inline __u64 ordered_by_mark(__u32 mark, __u32 hook)
+{
+	struct order *order = the_order();
+
+	if ((mark & ~MARK_US) != hook || !order || order->spin_ns != (mark & MARK_US) * USEC)
+		return 0;
+	return take(order);
+}
+
 SEC("tc")
 int stall_bh_off(struct __sk_buff *skb)
 {
-	__u64 spin_ns = (skb->mark & MARK_US) * USEC;
-	struct truth *truth;
+	__u64 spin_ns = ordered_by_mark(skb->mark, MARK_BH_OFF);
+	struct truth *truth = begin(spin_ns);
 
-	if ((skb->mark & ~MARK_US) != MARK_BH_OFF)
-		return TC_ACT_OK;
-	truth = begin(spin_ns);
 	if (!truth)
-		return TC_ACT_SHOT;
-	truth->tgid = 0;
+		return TC_ACT_OK;
 	injected_spin_bh_off(truth->start_ns + spin_ns);
 	truth->end_ns = bpf_ktime_get_ns();
-	return TC_ACT_SHOT;
+	return TC_ACT_OK;
 }
 
 SEC("tc")
 int stall_softirq_hog(struct __sk_buff *skb)
 {
-	__u64 spin_ns = (skb->mark & MARK_US) * USEC;
-	struct truth *truth;
+	__u64 spin_ns = ordered_by_mark(skb->mark, MARK_SOFTIRQ_HOG);
+	struct truth *truth = begin(spin_ns);
 
-	if ((skb->mark & ~MARK_US) != MARK_SOFTIRQ_HOG)
-		return TC_ACT_OK;
-	truth = begin(spin_ns);
 	if (!truth)
-		return TC_ACT_SHOT;
-	truth->tgid = 0;
+		return TC_ACT_OK;
 	injected_spin_softirq_hog(truth->start_ns + spin_ns);
 	truth->end_ns = bpf_ktime_get_ns();
-	return TC_ACT_SHOT;
+	return TC_ACT_OK;
 }
 
 char _license[] SEC("license") = "GPL";

@@ -20,6 +20,7 @@ _GETPPID = {"x86_64": 110, "aarch64": 173, "riscv64": 173, "ppc64le": 64, "s390x
 _MARK = {Kind.BH_OFF: 0x51000000, Kind.SOFTIRQ_HOG: 0x52000000}
 _FIFO_PRIORITY = 50
 _TICK_TIMEOUT_NS = 200_000_000
+_PACKET_TIMEOUT_S = 1.0
 _SO_MARK = 36
 
 
@@ -64,12 +65,18 @@ class _BpfStall(Stall):
             raise UnsupportedError(f"getppid's number on {platform.machine()} is not known")
         self.bpf.update(self._orders, 0, _ORDER.pack(duration_ns, tid, syscall))
 
+    def began(self) -> bool:
+        """Whether the program took its order."""
+        start: int = _TRUTH.unpack(self.bpf.lookup(self._truths, 0, _TRUTH.size))[0]
+        return start != 0
+
     def made(self) -> Made:
-        """What the program wrote down.
+        """What the program wrote down; it takes no order any more.
 
         Raises:
             InjectorError: it did not run, or not to its end.
         """
+        self.bpf.update(self._orders, 0, bytes(_ORDER.size))
         start, end, cpu, pid, tid, comm = _TRUTH.unpack(
             self.bpf.lookup(self._truths, 0, _TRUTH.size)
         )
@@ -121,14 +128,17 @@ class Packet(_BpfStall):
         self._socket.connect((f"{subnet}.2", 9))
 
     def make(self, duration_ns: int) -> Made:
-        self.order(0, 0)
-        mark = _MARK[self.kind] | duration_ns // 1000
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_MARK, mark)
+        duration_us = duration_ns // 1000
+        self.order(duration_us * 1000, 0)
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_MARK, _MARK[self.kind] | duration_us)
+        give_up = time.monotonic() + _PACKET_TIMEOUT_S
+        # The order is taken once: a packet too many does nothing. Under a flood it may take a
+        # few until one is not dropped, and ksoftirqd may be the one that handles it.
         self._socket.send(b"stall")
-        # Not all kernels tell these programs the task. It is the sender: the softirq of a
-        # packet sent from a task runs when that task enables bottom halves again.
-        pid = os.getpid()
-        return self.made()._replace(pid=pid, tid=pid, comm=METHODS[self.kind].comm)
+        while not self.began() and time.monotonic() < give_up:
+            time.sleep(0.002)
+            self._socket.send(b"stall")
+        return self.made()
 
     def close(self) -> None:
         self._socket.close()
@@ -186,7 +196,6 @@ class IrqsOffTimer(_BpfStall):
         give_up = before + _TICK_TIMEOUT_NS
         while now - before < duration_ns and before < give_up:
             before, now = now, time.monotonic_ns()
-        self.bpf.update(self._orders, 0, bytes(_ORDER.size))
         return self.made()
 
 

@@ -91,7 +91,11 @@ def test_can_run(how: list[str]) -> None:
 
 def test_behaviour_is_observed() -> None:
     """Root's load shows how this kernel serves softirqs, in agreement with its symbols."""
-    _, report, items = check()
+    for _ in range(4):
+        # On a busy machine 0.3 s may show nothing; the answer is then null, never wrong.
+        _, report, items = check()
+        if report["serves_inline"] is not None:
+            break
     if "has a ksoftirqd_running()" in items["softirqs while ksoftirqd waits"]["detail"]:
         assert report["serves_inline"] is False
     elif tuple(int(n) for n in os.uname().release.split(".")[:2]) >= (6, 5):
@@ -102,8 +106,8 @@ def test_the_load_is_bounded() -> None:
     """When nothing is ever seen, the load ends at its limit and leaves no process."""
     before = time.monotonic()
     took_s = stimulus.stimulate(max(os.sched_getaffinity(0)), lambda: False)
-    assert stimulus.LIMIT_S <= took_s <= time.monotonic() - before
-    assert took_s < stimulus.LIMIT_S + 0.5
+    assert took_s == stimulus.LIMIT_S
+    assert time.monotonic() - before < stimulus.LIMIT_S + 1
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 

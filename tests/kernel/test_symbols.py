@@ -154,6 +154,46 @@ def test_burst_of_loads_fits_the_ring(feed: KsymbolFeed) -> None:
     assert all(event.bpf and event.length > 0 for event in events)
 
 
+def test_events_of_several_cpus_are_in_order(feed: KsymbolFeed) -> None:
+    """What happened on different CPUs comes out in the order of time, not of CPUs."""
+    cpus = os.sched_getaffinity(0)
+    if len(cpus) < 2:
+        pytest.skip("one CPU only")
+    fds = []
+    try:
+        for nth in range(8):
+            os.sched_setaffinity(0, {sorted(cpus)[nth % 2]})
+            fds.append(load_program(f"stalld_cpu_{nth}"))
+    finally:
+        os.sched_setaffinity(0, cpus)
+        for fd in fds:
+            os.close(fd)
+    names = [e.name for e in feed.drain().events if b"_stalld_cpu_" in e.name and not e.removed]
+    assert [int(name[-1:]) for name in names] == list(range(8))
+
+
+def test_ring_goes_round() -> None:
+    """Records that lie across the end of a ring are read whole: a small ring loses none."""
+    try:
+        feed = KsymbolFeed.open(sorted(os.sched_getaffinity(0)), ring_bytes=1)
+    except KsymbolError as error:
+        pytest.skip(f"the kernel does not announce its symbols: {error}")
+    rounds = 4 * max(os.sysconf("SC_PAGESIZE"), 4096) // 64
+    seen: list[int] = []
+    with feed:
+        for nth in range(rounds):
+            os.close(load_program(f"stalld_r{nth}"))
+            if nth % 8 == 7:
+                drained = feed.drain()
+                assert not drained.lost
+                seen += [
+                    int(event.name.rpartition(b"_r")[2])
+                    for event in drained.events
+                    if b"_stalld_r" in event.name and not event.removed
+                ]
+    assert seen == list(range(rounds))
+
+
 def test_overflow_is_never_silent() -> None:
     """A ring that was too small says so, at the first drain after it was full."""
     try:

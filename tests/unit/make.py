@@ -60,10 +60,11 @@ def observation(
     mode: str | None = "kernel",
     frames: tuple[str, ...] = ("spin+0x10", "do_syscall_64+0x5"),
     enabled: bool = False,
+    below: str | None = None,
     **changes: Any,
 ) -> Observation:
     """A record with what its stack says."""
-    return Observation(record(**changes), mode, frames, enabled)
+    return Observation(record(**changes), mode, frames, enabled, below)
 
 
 def sample(nr: int, at_ms: int, **changes: Any) -> Observation:

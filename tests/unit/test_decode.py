@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -33,13 +34,9 @@ STACKS = {
     "kernel_stack": st.lists(U64, max_size=KERNEL_STACK_DEPTH).map(tuple),
     "user_stack": st.lists(U64, max_size=USER_STACK_DEPTH).map(tuple),
 }
-WORDS = {
-    name: U64 for name in ("time_ns", "started_ns", "ksoftirqd_wait_ns", "serving_ns", "cgroup_id")
-} | {
-    name: U32
-    for name in ("cpu", "seq", "tgid", "tid", "task_flags", "policy", "prio", "serving_vec")
-    + ("ksoftirqd_pid", "switches", "sample_nr", "lost")
-}
+WIDE = "time_ns started_ns ksoftirqd_wait_ns serving_ns cgroup_id"
+NARROW = "cpu seq tgid tid task_flags policy prio serving_vec ksoftirqd_pid switches sample_nr lost"
+WORDS = dict.fromkeys(WIDE.split(), U64) | dict.fromkeys(NARROW.split(), U32)
 RECORDS = st.builds(
     StallRecord,
     type=st.sampled_from(RecordType),
@@ -134,19 +131,15 @@ def test_a_full_name_has_no_end() -> None:
 @example(b"\xff" * (HEAD.size + 64))
 def test_arbitrary_bytes(data: bytes) -> None:
     """Whatever arrives is a record or a DecodeError, nothing else."""
-    try:
+    with suppress(DecodeError):
         assert isinstance(decode(data), StallRecord)
-    except DecodeError as error:
-        assert str(error)
 
 
 @given(st.sampled_from(RecordType), st.sampled_from(Source), st.binary(min_size=HEAD.size))
 def test_arbitrary_bytes_behind_a_good_start(kind: RecordType, source: Source, rest: bytes) -> None:
     """The same with a head that reaches the later checks."""
-    try:
+    with suppress(DecodeError):
         assert decode(struct.pack("=II", kind, source) + rest).type is kind
-    except DecodeError as error:
-        assert str(error)
 
 
 TASKS = st.lists(st.builds(TaskEntry, task=U64, pid=U32, flags=U32, comm=COMM), max_size=20)

@@ -194,9 +194,13 @@ def test_any_name(comm: bytes, frames: list[str]) -> None:
 class Symbols:
     """Stands for a symbol table that names every address the same."""
 
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+
     def trimmed(self, addresses: tuple[int, ...], kind: str) -> Any:
-        """Cuts the first frame."""
-        return SimpleNamespace(mode="kernel", frames=("own+0x1",)[: len(addresses)], cut=1)
+        """Cuts the first frame; the second one is the interrupted context's own."""
+        frames = ("own+0x1", "below+0x1")[: max(0, len(addresses) - 1)]
+        return SimpleNamespace(mode=self.mode, frames=frames, cut=1, own=1)
 
     def format_stack(self, addresses: tuple[int, ...]) -> tuple[str, ...]:
         """One name for all."""
@@ -204,10 +208,12 @@ class Symbols:
 
 
 def pipeline(
-    stream: io.BytesIO, bad: Callable[[DecodeError], None] = lambda error: None
+    stream: io.BytesIO,
+    bad: Callable[[DecodeError], None] = lambda error: None,
+    mode: str = "kernel",
 ) -> Pipeline:
     """A pipeline without a kernel, 70 ms after the stall began."""
-    symbols: Any = Symbols()
+    symbols: Any = Symbols(mode)
     return Pipeline(
         Tracker(THRESHOLD, lambda: True),
         symbols,
@@ -243,6 +249,25 @@ class TestPipeline:
         event = parse(stream.getvalue())
         assert event["verdict"] == "softirqs_disabled"
         assert event["stack"]["captured"] == "after"
+
+    @pytest.mark.parametrize("mode", ["softirq", "hardirq"])
+    @pytest.mark.parametrize(
+        ("depth", "tid", "verdict"),
+        [
+            (3, 101, "stuck_in_kernel"),  # it came over the task in the kernel
+            (2, 101, "cpu_contention"),  # over user mode
+            (2, 0, "unknown"),  # over the idle task
+        ],
+    )
+    def test_what_an_interrupt_came_over(
+        self, mode: str, depth: int, tid: int, verdict: str
+    ) -> None:
+        """A sample that met another interrupt still tells where the task itself was."""
+        stream = io.BytesIO()
+        waiting = record(kernel_stack=(1, 2, 3)[:depth], tid=tid, ksoftirqd_wait_ns=12 * MS)
+        pipeline(stream, mode=mode).take(encode(waiting))
+        event = parse(stream.getvalue())
+        assert (event["blocker"]["mode"], event["verdict"]) == (mode, verdict)
 
     def test_what_cannot_be_decoded_is_counted_and_told(self) -> None:
         """A bad record is no line and no end of the service."""

@@ -21,7 +21,7 @@ def maps() -> Iterator[Maps]:
     fds = [os.memfd_create(name) for name in ("cpus", "config")]
     for fd in fds:
         os.ftruncate(fd, mmap.PAGESIZE)
-    yield Maps(*fds, 4)
+    yield Maps(fds[0], fds[1], 4)
     for fd in fds:
         os.close(fd)
 

@@ -191,6 +191,7 @@ def test_hostile_names(tmp_path: Path) -> None:
     assert table.format(0xFFFFFFFFC0200000) == "bpf_prog_\\x1b[31m\\xc3\\xa9\\x07+0x0 [b\\x00f]"
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_printable_is_printable(name: bytes) -> None:
     """Any bytes become printable ASCII, and printable ASCII stays."""
@@ -216,7 +217,7 @@ LINES = st.lists(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(LINES, st.booleans(), st.lists(st.integers(0, 300_000), max_size=5))
 def test_against_a_naive_model(
     tmp_path_factory: pytest.TempPathFactory,

@@ -3,7 +3,7 @@
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stalld.enrich.ksymbols import Drained, Ksymbol, decode
@@ -42,6 +42,7 @@ def test_real_records() -> None:
     )
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(
@@ -93,6 +94,7 @@ def test_impossible_lengths(data: bytes) -> None:
         decode(data)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes(data: bytes) -> None:
     """Arbitrary bytes decode or are refused; nothing else happens."""

@@ -302,7 +302,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(EVENTS)
 def test_against_a_naive_model(
     make_base: Callable[..., Kallsyms], events: list[tuple[int, int, str, bool]]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from stalld.records import VECTORS, RecordType, Source
+from stalld.service import EXPIRE_EVERY_S
 from stalld.state import StallState
 from stalld.track.stall import (
     CLOSE_GRACE_NS,
@@ -234,6 +235,10 @@ class TestExpire:
         assert resolved.ended is Ended.RECORD
         assert given.expire(T0 + 900 * MS, kernel(ended_ms=90)) == []
 
+    def test_the_grace_spans_a_look(self) -> None:
+        """The daemon reads what waits before it looks, so two looks apart none can wait still."""
+        assert CLOSE_GRACE_NS >= 2 * EXPIRE_EVERY_S * 1e9
+
     def test_active_again_restarts_the_grace(self) -> None:
         """Words of the state may be of different moments: over must hold, not flicker."""
         given = tracker()
@@ -293,6 +298,18 @@ class TestCulprit:
         assert resolved.kernel_stack == ("hot+0x1", "b+0x9")
         assert resolved.captured == "during"
 
+    def test_time_counts_not_samples(self) -> None:
+        """Samples grow rarer: the task that two of them show for longer had the CPU longer."""
+        *_, resolved = feed(
+            tracker(),
+            sample(1, 10, tid=7, comm=b"first"),
+            sample(2, 14, tid=7, comm=b"first"),
+            sample(3, 50, tid=8, comm=b"longest"),
+            close(3, 51),
+        )
+        assert resolved.blocker is not None
+        assert resolved.blocker.comm == b"longest"
+
     def test_fields_of_the_blocker(self) -> None:
         """Everything the record knows of the task is passed on."""
         (update,) = feed(
@@ -351,6 +368,11 @@ STUCK: dict[str, tuple[list[Observation], int]] = {
         [sample(1, 12), sample(2, 24, mode="user"), sample(3, 48, switches=1)],
         12,
     ),
+    "an interrupt over the kernel is the task's time": (
+        [sample(1, 12, mode="hardirq", below="kernel")],
+        12,
+    ),
+    "a softirq over user mode is not": ([sample(1, 12, mode="softirq", below="user")], 0),
     "user mode only": ([sample(1, 12, mode="user"), close(1, 50)], 0),
 }
 

@@ -151,7 +151,7 @@ class TrackerMachine(RuleBasedStateMachine):
         """What every consumer of the events may rely on."""
         if not hasattr(self, "updates"):
             return
-        per_cpu = defaultdict(int)
+        per_cpu: dict[int, int] = defaultdict(int)
         for (cpu, _), lines in self.updates.items():
             phases = [line.phase for line in lines]
             assert phases.count(Phase.ONGOING) <= MAX_ONGOING
