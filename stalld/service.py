@@ -78,6 +78,7 @@ class Service:
         self._expiring: asyncio.Task[None] | None = None
         self._reloading: asyncio.Task[None] | None = None
         self._lost: dict[int, int] = {}
+        self._feed_error = ""
 
     async def run(self) -> None:
         """Everything from start-up to the ``stopped`` event.
@@ -133,6 +134,10 @@ class Service:
                 MAX_SAMPLES,
             )
             self._emit_started(watched, kallsyms.hidden)
+        if self._feed_error:
+            self._log.info(
+                "new BPF programs are named only after a reload", reason=self._feed_error
+            )
         self._keep(asyncio.create_task(self._relearn()))
 
     def _finish(self, started_ns: int) -> None:
@@ -247,7 +252,7 @@ class Service:
         try:
             return self._resources.enter_context(KsymbolFeed.open(online_cpus()))
         except KsymbolError as error:
-            self._log.info("new BPF programs are named only after a reload", reason=str(error))
+            self._feed_error = str(error)
             return None
 
     def _log_bad_record(self, error: DecodeError) -> None:
