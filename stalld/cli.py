@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import TextIO
 
 from stalld import __version__
 from stalld.errors import StalldError, UsageError
@@ -111,8 +113,19 @@ def _run(arguments: argparse.Namespace) -> int:
     async def detect() -> None:
         await Service(settings, emitter, log).run()
 
-    uvloop.run(detect())
+    try:
+        uvloop.run(detect())
+    finally:
+        _let_go_of(sys.stdout)
     return 0
+
+
+def _let_go_of(stream: TextIO) -> None:
+    """Nothing is left to write: what a broken pipe refused must not be tried again at exit."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _check(arguments: argparse.Namespace) -> int:

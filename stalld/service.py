@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import platform
 import signal
@@ -86,27 +87,35 @@ class Service:
         Raises:
             StalldError: it cannot start or go on; the message says why.
         """
+        try:
+            with self._resources:
+                await self._run()
+        except BrokenPipeError:
+            raise StalldError("nobody reads standard output any more: stopping") from None
+
+    async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._interrupt)
         started_ns = time.monotonic_ns()
-        with self._resources:
-            # Before the child: what it loads is announced too.
-            self._feed = self._open_feed()
-            child = load_probes()
-            # The kernel's symbols are read while the child compiles.
-            kallsyms, self._probes = await asyncio.gather(
-                asyncio.to_thread(_load_kallsyms), asyncio.to_thread(child.result)
-            )
-            self._resources.callback(self._probes.close)
-            self._attach(kallsyms, started_ns)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.duration_s):
-                    await self._stopped.wait()
-            self._maps.stop()
-            if self._failure is not None:
-                raise self._failure
-            self._finish(started_ns)
+        # Before the child: what it loads is announced too.
+        self._feed = self._open_feed()
+        child = load_probes()
+        # The kernel's symbols are read while the child compiles.
+        kallsyms, self._probes = await asyncio.gather(
+            asyncio.to_thread(_load_kallsyms), asyncio.to_thread(child.result)
+        )
+        self._resources.callback(self._probes.close)
+        self._attach(kallsyms, started_ns)
+        del kallsyms
+        _return_memory()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.duration_s):
+                await self._stopped.wait()
+        self._maps.stop()
+        if self._failure is not None:
+            raise self._failure
+        self._finish(started_ns)
 
     def _attach(self, kallsyms: Kallsyms, started_ns: int) -> None:
         fds = self._probes.fds
@@ -176,8 +185,6 @@ class Service:
         self._stopped.set()
 
     def _fail(self, error: BaseException | None) -> None:
-        if isinstance(error, BrokenPipeError):
-            error = StalldError("nobody reads standard output any more: stopping")
         self._failure = self._failure or error
         self._stopped.set()
 
@@ -191,7 +198,10 @@ class Service:
 
     def _follow_up(self) -> None:
         """Start what the records just read ask for."""
-        self._report_lost()
+        try:
+            self._report_lost()
+        except Exception as error:  # noqa: BLE001 - run() raises it again
+            self._fail(error)
         if self._pipeline.tracker.open and (self._expiring is None or self._expiring.done()):
             self._expiring = self._keep(asyncio.create_task(self._expire()))
         if self._pipeline.symbols.needs_reload and (
@@ -231,6 +241,8 @@ class Service:
         kallsyms = await asyncio.to_thread(_load_kallsyms)
         with self._reader.lock:
             self._pipeline.symbols.replace(kallsyms)
+        del kallsyms
+        _return_memory()
         await asyncio.sleep(RELOAD_EVERY_S)
 
     async def _relearn(self) -> None:
@@ -308,6 +320,13 @@ class Service:
                 "serves_inline": maps.serves_inline(),
             },
         )
+
+
+def _return_memory() -> None:
+    """Hand what reading the symbols left free back to the kernel, where libc can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _from_thread(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: Any) -> None:

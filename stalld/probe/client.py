@@ -17,6 +17,9 @@ from stalld.probe.protocol import Description, Request
 TIMEOUT_S = 60.0
 """Emulated machines need 10 s for a compile; past this the child hangs."""
 
+EXIT_S = 5.0
+"""Once it has answered, or closed its end, it has nothing left to do."""
+
 
 @dataclass
 class Probes:
@@ -60,17 +63,16 @@ class ProbeChild:
         try:
             self._socket.settimeout(TIMEOUT_S)
             message, fds = protocol.receive(self._socket)
-            self._process.wait(TIMEOUT_S)
         except (EOFError, ConnectionError):
-            status = self._process.wait(TIMEOUT_S)
             raise ProbeError(
-                f"the probe child ended with status {status} before it answered{self._said()}"
+                f"the probe child ended with status {self._end()} before it answered{self._said()}"
             ) from None
-        except (TimeoutError, subprocess.TimeoutExpired):
-            raise ProbeError(f"no answer from the probe child in {TIMEOUT_S:.0f} s") from None
+        except TimeoutError:
+            raise ProbeError(
+                f"no answer from the probe child in {TIMEOUT_S:.0f} s{self._said()}"
+            ) from None
         finally:
-            self._process.kill()
-            self._process.wait()
+            self._end()
             self._socket.close()
             said = self._said()
             os.close(self._log)
@@ -79,7 +81,22 @@ class ProbeChild:
                 raise MissingAbilityError(message["error"])
             raise ProbeError(message["error"] + said)
         description = protocol.description_from(message)
+        if len(fds) != len(description.fds):
+            for fd in fds:
+                os.close(fd)
+            raise ProbeError(
+                f"{len(fds)} of {len(description.fds)} descriptors came through from the probe "
+                "child: raise the limit of open files (ulimit -n)"
+            )
         return Probes(description, dict(zip(description.fds, fds, strict=True)))
+
+    def _end(self) -> int:
+        """Its exit status; it has a moment to exit by itself."""
+        try:
+            return self._process.wait(EXIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
 
     def _said(self) -> str:
         with os.fdopen(os.dup(self._log), "rb") as log:

@@ -229,7 +229,7 @@ class Tracker:
         self, stall: _Stall, phase: Phase, ended: Ended | None, record_ns: int | None = None
     ) -> Update:
         during = [o for o in stall.observations if o.record.source is Source.TICK]
-        seen = during or stall.observations or ([stall.closing] if stall.closing else [])
+        seen = during or stall.observations or _let_go(stall.closing)
         culprit = _most_seen(seen)
         starved = {
             VECTORS[vec]: wait
@@ -252,7 +252,9 @@ class Tracker:
             kernel_stack=culprit.frames if culprit else (),
             # The walker may end on a null frame pointer.
             user_stack=tuple(a for a in record.user_stack if a) if record else (),
-            captured=("during" if during else "after") if culprit else "none",
+            captured=("during" if during else "after")
+            if culprit and (culprit.record.kernel_stack or culprit.frames)
+            else "none",
             samples=len(stall.observations),
             expected=max(stall.expected, len(stall.observations)),
             lost=stall.lost,
@@ -346,6 +348,13 @@ def _most_seen(observations: list[Observation]) -> Observation | None:
     tid = tasks.most_common(1)[0][0]
     longest = max((key for key in paths if key[0] == tid), key=paths.__getitem__)
     return next(o for o in observations if (o.record.tid, _path(o)) == longest)
+
+
+def _let_go(closing: Observation | None) -> list[Observation]:
+    """The closing record, unless ksoftirqd wrote it, who did not stand in its own way."""
+    if closing is None or closing.record.tid == closing.record.ksoftirqd_pid:
+        return []
+    return [closing]
 
 
 def _path(observation: Observation) -> tuple[str, ...]:

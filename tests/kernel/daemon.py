@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.injector import Truth
+from tests.unit import schema
 
 Event = dict[str, Any]
 
@@ -127,7 +128,7 @@ class Daemon:
         # Not where the stalls are: we want to know when a line came, not when we could look.
         os.sched_setaffinity(0, os.sched_getaffinity(0) - {STALLED_CPU} or {STALLED_CPU})
         for line in self.process.stdout:
-            event = json.loads(line)
+            event = schema.parse(line.encode())
             event["read_ns"] = time.monotonic_ns()
             with self._news:
                 self.lines.append(line)
