@@ -137,8 +137,8 @@ static __always_inline void emit(void *ctx, struct cpu_state *st, struct watch_c
  * Some work was served at last. Close the stall unless something else is
  * overdue; the caller has already cleared what it served.
  */
-static __always_inline void close_if_done(void *ctx, struct cpu_state *st,
-					  struct watch_config *cfg, u32 source, u64 now)
+static __always_inline void close_if_done(void *ctx, struct cpu_state *st, struct watch_config *cfg,
+					  u32 source, u64 now)
 {
 	if (!st->active || oldest_overdue(st, cfg, now))
 		return;

@@ -34,7 +34,7 @@ class Loaded:
         with (
             KsoftirqdTruth(CPU) as ksoftirqd,
             Injector(CPU) as injector,
-            Pressure(CPU, Mode.FLOOD) as pressure,
+            Pressure(CPU, Mode.BURSTS) as pressure,
         ):
             deadline = time.monotonic() + 20
             while not until():

@@ -121,7 +121,7 @@ def test_overflow_is_counted() -> None:
         injector.prepare(Kind.BH_OFF)
         os.kill(daemon.pid, signal.SIGSTOP)
         try:
-            for _ in range(60):
+            for _ in range(150):
                 injector.inject(Kind.BH_OFF, 25, pressure=pressure)
         finally:
             os.kill(daemon.pid, signal.SIGCONT)
