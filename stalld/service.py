@@ -76,6 +76,7 @@ class Service:
         self._stopped = asyncio.Event()
         self._failure: BaseException | None = None
         self._resources = ExitStack()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._expiring: asyncio.Task[None] | None = None
         self._reloading: asyncio.Task[None] | None = None
         self._lost: dict[int, int] = {}
@@ -147,6 +148,7 @@ class Service:
             self._log.info(
                 "new BPF programs are named only after a reload", reason=self._feed_error
             )
+        self._resources.callback(self._cancel_tasks)
         self._keep(asyncio.create_task(self._relearn()))
 
     def _finish(self, started_ns: int) -> None:
@@ -211,19 +213,24 @@ class Service:
 
     def _keep(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
         """A task that ends with the service, and ends it when it fails."""
-        self._resources.callback(task.cancel)
+        self._tasks.add(task)
         task.add_done_callback(self._task_done)
         return task
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self._fail(task.exception())
+
+    def _cancel_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
 
     def _report_lost(self) -> None:
         """Say what the perf buffers had no room for since the last time."""
         with self._reader.lock:
             for cpu, known in enumerate(self._maps.cpus):
-                count = known.lost - self._lost.get(cpu, 0)
+                count = (known.lost - self._lost.get(cpu, 0)) & 0xFFFFFFFF
                 if count:
                     self._lost[cpu] = known.lost
                     self._pipeline.take_lost(cpu, count)

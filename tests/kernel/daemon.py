@@ -152,16 +152,15 @@ def overlap(event: Event, truth: Truth) -> int:
     return max(0, min(end, truth.end_ns) - max(start, truth.start_ns))
 
 
-def our_programs() -> set[int]:
-    """Ids of the BPF programs that are loaded under our names."""
-    listed = subprocess.run(
-        ["bpftool", "--json", "prog", "show"], capture_output=True, text=True, check=True
-    )
-    return {
-        program["id"]
-        for program in json.loads(listed.stdout)
-        if program.get("name", "").startswith(("handle_s", "handle_hr", "handle_cpu", "bpf_iter"))
-    }
+def bpf_objects() -> set[tuple[str, int]]:
+    """Kind and id of every BPF program, map and link in the kernel."""
+    found = set()
+    for kind in ("prog", "map", "link"):
+        listed = subprocess.run(
+            ["bpftool", "--json", kind, "show"], capture_output=True, text=True, check=True
+        )
+        found |= {(kind, item["id"]) for item in json.loads(listed.stdout)}
+    return found
 
 
 def children(pid: int) -> list[int]:

@@ -21,7 +21,7 @@ from stalld.probe import headers
 from stalld.probe.btf import VMLINUX_BTF, Btf
 from stalld.probe.client import ProbeChild, bpf_directory, possible_cpus
 from stalld.probe.protocol import Request
-from tests.kernel.daemon import COMMAND, our_programs
+from tests.kernel.daemon import COMMAND, bpf_objects
 
 pytestmark = pytest.mark.kernel
 
@@ -114,7 +114,7 @@ def test_the_load_is_bounded() -> None:
 
 def test_nothing_stays() -> None:
     """`check` leaves no program loaded and no process."""
-    before = our_programs()
+    before = bpf_objects()
     with subprocess.Popen(
         [COMMAND, "check"], stdout=subprocess.DEVNULL, start_new_session=True
     ) as process:
@@ -123,9 +123,9 @@ def test_nothing_stays() -> None:
         os.killpg(process.pid, 0)
     deadline = time.monotonic() + 10
     # The kernel frees them a moment later.
-    while our_programs() - before and time.monotonic() < deadline:
+    while bpf_objects() - before and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not our_programs() - before
+    assert not bpf_objects() - before
 
 
 def test_table() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.injector import Injector, Kind, Mode, Pressure, Truth
-from tests.kernel.daemon import COMMAND, Daemon, children, our_programs
+from tests.kernel.daemon import COMMAND, Daemon, bpf_objects, children
 from tests.kernel.daemon import STALLED_CPU as CPU
 
 pytestmark = pytest.mark.kernel
@@ -20,10 +20,10 @@ pytestmark = pytest.mark.kernel
 MAX_RSS_KIB = 45 * 1024
 
 
-def gone_within(seconds: float, ids: set[int]) -> bool:
-    """Whether these BPF programs are unloaded; the kernel frees them a moment later."""
+def gone_within(seconds: float, objects: set[tuple[str, int]]) -> bool:
+    """Whether these BPF objects are gone; the kernel frees them a moment later."""
     deadline = time.monotonic() + seconds
-    while ids & our_programs():
+    while objects & bpf_objects():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)
@@ -42,11 +42,11 @@ def test_memory_and_children(daemon: Daemon) -> None:
 
 
 def test_kill_leaves_nothing() -> None:
-    """kill -9 leaves no program attached or loaded."""
-    before = our_programs()
+    """kill -9 leaves no program, map or link in the kernel."""
+    before = bpf_objects()
     with Daemon() as daemon:
-        loaded = our_programs() - before
-        assert len(loaded) >= 7
+        loaded = bpf_objects() - before
+        assert {kind for kind, _ in loaded} == {"prog", "map", "link"}
         os.kill(daemon.pid, signal.SIGKILL)
         assert daemon.process.wait(5) == -signal.SIGKILL
     assert gone_within(5, loaded)
@@ -55,9 +55,9 @@ def test_kill_leaves_nothing() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_stops_it(number: signal.Signals) -> None:
     """SIGTERM and SIGINT end it soon, with a ``stopped`` event and status 0."""
-    before = our_programs()
+    before = bpf_objects()
     with Daemon() as daemon:
-        loaded = our_programs() - before
+        loaded = bpf_objects() - before
         asked = time.monotonic()
         assert daemon.stop(number) == 0
         assert time.monotonic() - asked < 2
