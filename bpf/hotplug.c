@@ -7,13 +7,10 @@ int handle_cpuhp_enter(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 cpu = ctx->args[0];
 	struct cpu_state *st = cpus.lookup(&cpu);
-	int vec;
 
 	if (!st)
 		return 0;
-#pragma unroll
-	for (vec = 0; vec < VEC_COUNT; vec++)
-		st->raised[vec] = 0;
+	__builtin_memset(st->raised, 0, sizeof(st->raised));
 	if (st->active)
 		st->ended_ns = bpf_ktime_get_ns();
 	st->active = 0;

@@ -73,7 +73,6 @@ static __always_inline void note_deferral(struct cpu_state *st)
 
 	if (st->ksoftirqd_since >= tick || st->serving)
 		return;
-#pragma unroll
 	for (vec = 0; vec < VEC_COUNT; vec++) {
 		if (vec == VEC_HI || vec == VEC_TASKLET)
 			continue;
@@ -88,6 +87,7 @@ int handle_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
 	struct watch_config *cfg;
+	u32 type = RECORD_SAMPLE;
 	u64 now, wait;
 	u32 pid = 1;
 
@@ -121,15 +121,16 @@ int handle_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	now = bpf_ktime_get_ns();
 	wait = age(st->ksoftirqd_since, now);
-	if (cfg->threshold_ns && wait >= cfg->threshold_ns) {
-		begin(st, cfg, st->ksoftirqd_since);
-		if (wait > st->ksoftirqd_waited_ns)
-			st->ksoftirqd_waited_ns = wait;
-		/* Whoever gives way now is the last chance for a stack. */
-		if (!st->sample_nr)
-			emit(ctx, st, cfg, RECORD_SAMPLE, SOURCE_SWITCH, now);
-	}
 	st->ksoftirqd_since = 0;
-	close_if_done(ctx, st, cfg, SOURCE_SWITCH, now);
+	if (cfg->threshold_ns && wait >= cfg->threshold_ns) {
+		begin(st, cfg, now - wait);
+		st->ksoftirqd_waited_ns = max_u63(st->ksoftirqd_waited_ns, wait);
+	}
+	if (end(st, cfg, now))
+		type = RECORD_CLOSE;
+	else if (!st->active || st->sample_nr)
+		return 0;
+	/* Whoever gives way now is the last chance for a stack. */
+	emit(ctx, st, type, SOURCE_SWITCH, now);
 	return 0;
 }

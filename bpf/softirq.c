@@ -67,7 +67,8 @@ int handle_softirq_entry(struct bpf_raw_tracepoint_args *ctx)
 	begin(st, cfg, now - wait);
 	if (wait > st->waited_ns[vec])
 		st->waited_ns[vec] = wait;
-	close_if_done(ctx, st, cfg, SOURCE_ENTRY, now);
+	if (end(st, cfg, now))
+		emit(ctx, st, RECORD_CLOSE, SOURCE_ENTRY, now);
 	return 0;
 }
 

@@ -7,6 +7,7 @@ int handle_hrtimer_expire(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
 	struct watch_config *cfg;
+	u32 type = RECORD_CLOSE;
 	u64 now, oldest, waiting;
 	int vec;
 
@@ -31,26 +32,24 @@ int handle_hrtimer_expire(struct bpf_raw_tracepoint_args *ctx)
 		st->missed++;
 	}
 	oldest = oldest_overdue(st, cfg, now);
-	if (!oldest) {
-		close_if_done(ctx, st, cfg, SOURCE_TICK, now);
-		return 0;
-	}
-	if (!(u32)bpf_get_current_pid_tgid() && !st->serving) {
+	if (oldest && !(u32)bpf_get_current_pid_tgid() && !st->serving) {
 		/* An idle CPU has nothing pending: the service was not seen. */
-#pragma unroll
-		for (vec = 0; vec < VEC_COUNT; vec++)
-			st->raised[vec] = 0;
+		__builtin_memset(st->raised, 0, sizeof(st->raised));
 		st->ksoftirqd_since = 0;
 		st->missed++;
-		close_if_done(ctx, st, cfg, SOURCE_TICK, now);
+		oldest = 0;
+	}
+	if (oldest) {
+		begin(st, cfg, now - oldest);
+		if (st->sample_nr >= cfg->max_samples || now < st->next_sample_ns)
+			return 0;
+		/* Half a tick of grace, since ticks jitter. */
+		st->next_sample_ns = now + st->spacing_ns - cfg->tick_ns / 2;
+		st->spacing_ns *= 2;
+		type = RECORD_SAMPLE;
+	} else if (!end(st, cfg, now)) {
 		return 0;
 	}
-	begin(st, cfg, now - oldest);
-	if (st->sample_nr >= cfg->max_samples || now < st->next_sample_ns)
-		return 0;
-	/* Half a tick of grace, since ticks jitter. */
-	st->next_sample_ns = now + st->spacing_ns - cfg->tick_ns / 2;
-	st->spacing_ns *= 2;
-	emit(ctx, st, cfg, RECORD_SAMPLE, SOURCE_TICK, now);
+	emit(ctx, st, type, SOURCE_TICK, now);
 	return 0;
 }

@@ -44,6 +44,7 @@ typedef __u16 __be16; typedef __u32 __be32; typedef __u64 __be64;
 typedef __u16 __sum16; typedef __u32 __wsum;
 typedef _Bool bool; typedef unsigned long size_t; typedef unsigned long uintptr_t;
 typedef int pid_t;
+enum { false, true };
 #define offsetof(type, member) __builtin_offsetof(type, member)
 #define __always_inline inline __attribute__((always_inline))
 """

@@ -267,16 +267,18 @@ class Tracker:
         late = [o for o in during if max(o.record.wait_ns) >= self.threshold_ns]
         stuck_ns = longest_in_kernel_ns(during, stall.closing)
         duration_ns = stall.last_ns - stall.started_ns
+        closing = stall.closing
+        gave_way = [closing] if closing and closing.record.source is Source.SWITCH else []
         return Evidence(
             starved=starved,
             starved_modes=frozenset(o.mode for o in late),
             handler_ran=any(o.record.serving_vec != VEC_NONE for o in late),
-            enabled_late=stall.closing is not None and stall.closing.bottom_halves_enabled,
+            enabled_late=closing is not None and closing.bottom_halves_enabled,
             ksoftirqd_waited=stall.ksoftirqd_wait_ns >= self.threshold_ns,
             ksoftirqd_runnable=stall.ksoftirqd_seen,
             serves_inline=self._serves_inline(),
             stuck=stuck_ns >= max(self.threshold_ns, duration_ns / STUCK_PART),
-            user=any(o.task_mode == "user" for o in stall.observations),
+            user=any(o.task_mode == "user" for o in (*stall.observations, *gave_way)),
             others=stall.switches > 0 or len({o.record.tid for o in during}) > 1,
         )
 
