@@ -121,11 +121,11 @@ int handle_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	now = bpf_ktime_get_ns();
 	wait = age(st->ksoftirqd_since, now);
-	st->ksoftirqd_since = 0;
 	if (cfg->threshold_ns && wait >= cfg->threshold_ns) {
 		begin(st, cfg, now - wait);
 		st->ksoftirqd_waited_ns = max_u63(st->ksoftirqd_waited_ns, wait);
 	}
+	st->ksoftirqd_since = 0;
 	if (end(st, cfg, now))
 		type = RECORD_CLOSE;
 	else if (!st->active || st->sample_nr)
