@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
 from typing import Self
 
 from tests.injector.child import Child
@@ -39,12 +38,7 @@ class Injector:
         self._worker = Child("worker", [str(self.cpu), "busy" if self._busy else "idle"])
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._worker is not None:
             self._worker.close()
             self._worker = None

@@ -6,7 +6,6 @@ import os
 import struct
 from collections.abc import Iterable
 from enum import IntEnum
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from tests.injector import build
@@ -105,12 +104,7 @@ class KsoftirqdTruth:
         self._bpf = bpf
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bpf is not None:
             self._bpf.close()
             self._bpf = None

@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from ctypes import c_char_p, c_int, c_size_t, c_uint32, c_void_p
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from tests.injector.kinds import InjectorError, UnsupportedError
@@ -225,10 +224,5 @@ class BpfObject:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -7,7 +7,6 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from tests.injector.child import Child
@@ -114,12 +113,7 @@ class Pressure:
         self.interface = answer["interface"]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -155,7 +155,7 @@ def test_ksoftirqd_loses_to_a_real_time_task(daemon: Daemon) -> None:
     assert set(verdicts) <= {"cpu_contention", "unknown"}
 
 
-@pytest.mark.parametrize("kind", [Kind.IRQS_OFF, Kind.SOFTIRQ_HOG])
+@pytest.mark.parametrize("kind", [Kind.IRQS_OFF, Kind.IRQS_OFF_TIMER, Kind.SOFTIRQ_HOG])
 def test_other_kinds_are_not_misjudged(daemon: Daemon, kind: Kind) -> None:
     """Interrupts off or a slow handler: nobody is accused of what the evidence does not show."""
     with Injector(CPU) as injector, Pressure(CPU, Mode.PING) as pressure:
