@@ -2,20 +2,39 @@
 /*
  * cpuhp_enter: a CPU on its way up or down forgets what waited on it. Its
  * pending softirqs move elsewhere and its kthreads are parked or made anew.
+ * The first step of each way tells user space, whose buffer for that CPU the
+ * kernel takes away when it goes.
  */
 int handle_cpuhp_enter(struct bpf_raw_tracepoint_args *ctx)
 {
+	u32 source = SOURCE_HOTPLUG;
 	u32 cpu = ctx->args[0];
+	u32 target = (u32)ctx->args[1] + 1;
+	struct stall_record *rec = scratch.lookup(&source);
 	struct cpu_state *st = cpus.lookup(&cpu);
+	int i;
 
-	if (!st)
+	if (!st || !rec)
 		return 0;
 	__builtin_memset(st->raised, 0, sizeof(st->raised));
+	for (i = 0; i < WAITERS; i++)
+		st->waiters[i].since_ns = 0;
+	st->waiting = 0;
+	st->running = 0;
+	st->serving = 0;
+	st->net_rx_since = 0;
+	st->last_tick_ns = 0;
 	if (st->active)
 		st->ended_ns = bpf_ktime_get_ns();
 	st->active = 0;
-	st->ksoftirqd_since = 0;
-	st->serving = 0;
-	st->net_rx_since = 0;
+	if (st->hotplug == target)
+		return 0;
+	st->hotplug = target;
+	rec->type = RECORD_HOTPLUG;
+	rec->source = source;
+	rec->cpu = cpu;
+	rec->kernel_stack_bytes = 0;
+	rec->user_stack_bytes = 0;
+	events.perf_submit(ctx, rec, offsetof(struct stall_record, kernel_stack));
 	return 0;
 }

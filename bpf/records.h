@@ -10,7 +10,7 @@
 #ifndef STALLD_RECORDS_H
 #define STALLD_RECORDS_H
 
-#define ABI_VERSION 1
+#define ABI_VERSION 2
 
 /* Softirq vectors, in the order of include/linux/interrupt.h. */
 #define VEC_HI 0
@@ -30,18 +30,31 @@
 /* As deep as perf goes. One below a power of two, so that a mask bounds it. */
 #define KERNEL_STACK_DEPTH 127
 #define USER_STACK_DEPTH 27
+#define LOOKBACK_DEPTH 48
+
+/* Watched kernel threads that may wait for one CPU at a time; ksoftirqd is the first. */
+#define WAITERS 8
+#define KSOFTIRQD 0
+#define LOOKBACK_SAMPLES 64
+#define NAPI_SLOTS 16
+#define BUCKET_TASKS 4
+#define CPU_ANY 0xffffffffU
 
 enum record_type {
 	RECORD_SAMPLE = 1, /* the stall goes on; this is what runs now */
 	RECORD_CLOSE = 2, /* nothing is overdue any more */
+	RECORD_HOTPLUG = 3, /* the CPU goes down or comes up: only type, source and cpu count */
 };
 
 /* The hook that wrote a record: it says what the stack means. */
 enum record_source {
 	SOURCE_TICK = 0, /* interrupted while the stall goes on */
-	SOURCE_SWITCH = 1, /* the task that gives the CPU to ksoftirqd */
+	SOURCE_SWITCH = 1, /* the task that gives the CPU to a watched thread */
 	SOURCE_ENTRY = 2, /* the context in which the late vector is served */
-	SOURCE_COUNT = 3,
+	SOURCE_EXIT = 3, /* what a long handler ran on top of */
+	SOURCE_NMI = 4, /* interrupted although interrupts are off */
+	SOURCE_HOTPLUG = 5,
+	SOURCE_COUNT = 6,
 };
 
 struct stall_record {
@@ -51,20 +64,31 @@ struct stall_record {
 	u32 seq; /* number of the stall on this CPU */
 	u64 time_ns;
 	u64 started_ns; /* since when the oldest overdue work has waited */
-	u64 ksoftirqd_wait_ns; /* 0: not runnable, or running */
-	u64 serving_ns; /* age of the vector in service */
+	u64 late_ns; /* the longest that a tick of this stall came too late */
+	u64 served_ns; /* longest service of one handler, the present one included */
+	u64 steal_ns; /* the hypervisor's steal clock of this CPU; 0: none */
+	u64 net_rx_ns; /* in net_rx_action, ever */
 	u64 cgroup_id;
 	u64 wait_ns[VEC_COUNT]; /* sample: age now; close: longest wait */
+	u64 waiter_ns[WAITERS]; /* runnable and not running, likewise */
+	u32 waiter_pid[WAITERS];
 	u32 tgid;
 	u32 tid;
 	u32 task_flags; /* PF_* */
 	u32 policy;
 	u32 prio; /* kernel's scale: below 100 is real time */
 	u32 serving_vec; /* VEC_NONE: no softirq in service */
-	u32 ksoftirqd_pid;
+	u32 served_vec; /* of served_ns */
 	u32 switches; /* context switches since the wait began */
 	u32 sample_nr; /* samples written or lost so far, this one included */
 	u32 lost; /* records lost on this CPU, ever */
+	u32 net_rx_runs;
+	u32 processed; /* softnet_data.processed, time_squeeze */
+	u32 squeezed;
+	u32 napi_ifindex; /* what a long NET_RX handler polled; 0: not known */
+	u32 napi_work;
+	u32 napi_budget;
+	char napi_name[COMM_LEN];
 	u32 kernel_stack_bytes;
 	u32 user_stack_bytes;
 	char comm[COMM_LEN];
@@ -72,49 +96,131 @@ struct stall_record {
 	u64 kernel_stack[KERNEL_STACK_DEPTH]; /* sent only as far as filled */
 };
 
+/* A watched thread that waits for a CPU, or waited in the present stall. */
+struct waiter {
+	u64 task;
+	u64 since_ns; /* runnable and not running since; 0: does not wait */
+	u64 waited_ns; /* longest wait >= threshold of this stall, */
+	u32 waited_pid; /* and whose */
+	u32 pid;
+};
+
 /*
  * What one CPU knows about itself. Written by its own programs without locks
- * or atomics, read by user space through a shared mapping; user space writes
- * only ksoftirqd and ksoftirqd_pid. A multiple of 64 bytes, so that no two
- * CPUs share a cache line.
+ * or atomics (waiters under its run queue's lock, so perhaps by another CPU),
+ * read by user space through a shared mapping; user space writes only task
+ * and pid of waiter KSOFTIRQD. A multiple of 64 bytes, so that no two CPUs
+ * share a cache line.
  */
 struct cpu_state {
-	u64 ksoftirqd; /* task pointer; 0: not known yet */
-	u64 ksoftirqd_since; /* runnable and not running since; 0: no */
-	u32 ksoftirqd_pid;
+	u32 waiting; /* a bit per waiter */
 	u32 active; /* a stall goes on */
+	u64 running; /* the watched thread that has the CPU; 0: none has */
+	u32 running_pid;
 	u32 serving; /* vector in service plus 1; 0: none */
-	u32 seq;
 	u64 serving_since;
 	u64 raised[VEC_COUNT]; /* oldest raise not served yet; 0: none */
+	struct waiter waiters[WAITERS];
 	u64 started_ns;
 	u64 next_sample_ns;
 	u64 spacing_ns;
 	u64 ended_ns; /* of the last stall */
-	u64 last_tick_ns; /* last tick that found something waiting */
 	u64 waited_ns[VEC_COUNT]; /* longest waits >= threshold of this stall */
-	u64 ksoftirqd_waited_ns;
+	u64 served_ns; /* longest service >= threshold of this stall */
+	u64 late_ns; /* the longest that a tick of this stall came too late */
+	u64 window_ns; /* the second in which window_stalls began */
+	u64 suppressed_ns; /* of all suppressed stalls */
+	u64 last_tick_ns;
+	u64 tick_timer; /* hrtimer of this CPU's tick; 0: not known yet */
 	u64 net_rx_since;
 	u64 net_rx_runs;
 	u64 net_rx_ns;
 	u64 net_rx_max_ns;
+	u32 seq;
 	u32 sample_nr;
 	u32 switches;
+	u32 served_vec;
+	u32 muted; /* this stall is over the limit and sends nothing */
+	u32 window_stalls;
+	u32 suppressed; /* stalls that ended muted */
 	u32 lost; /* records that the perf buffer had no room for */
 	u32 sent;
 	u32 inline_served; /* softirqs served elsewhere while ksoftirqd waited */
 	u32 deferred; /* softirqs left to a waiting ksoftirqd */
 	u32 stale; /* task pointers found to be somebody else's */
-	u32 missed; /* raises whose service was not seen */
-	u64 reserved[9];
+	u32 missed; /* waits whose end was not seen */
+	u32 unwatched; /* wake-ups of watched threads beyond WAITERS */
+	u32 steal_version; /* 0: the hypervisor keeps no steal clock */
+	u32 hotplug; /* last target of a hotplug, plus 1 */
+	u32 napi_wanted; /* the next poll to end is the one of a long handler */
+	u32 napi_ifindex;
+	u32 napi_work;
+	u32 napi_budget;
+	char napi_name[COMM_LEN];
+	u64 reserved[6];
 };
 
 /* One element, written by user space. threshold_ns 0: record nothing. */
 struct watch_config {
 	u64 threshold_ns;
 	u64 tick_ns;
+	u64 tick_function[2]; /* of the hrtimer that is the tick; 0: not known */
 	u32 vec_mask; /* which vectors count as overdue */
 	u32 max_samples; /* per stall */
+	u32 max_stalls; /* per CPU and second; 0: no limit */
+	u32 lookback; /* keep a ring of what ran */
+	/* Places relative to the tick's hrtimer in per-CPU memory; 0: not known. */
+	s32 steal_offset; /* struct kvm_steal_time */
+	s32 cpustat_offset; /* kernel_cpustat.cpustat[CPUTIME_STEAL] */
+	s32 softnet_offset; /* softnet_data.processed, and time_squeeze behind it */
+	u32 reserved;
+};
+
+/* Watched threads whose pointers have one hash: one cache line. */
+struct watched_bucket {
+	u64 task[BUCKET_TASKS];
+	u32 pid[BUCKET_TASKS];
+	u32 cpu[BUCKET_TASKS]; /* CPU_ANY: ask the task */
+};
+
+/* What ran when a tick came. */
+struct tick_sample {
+	u64 time_ns; /* 0: being written */
+	u64 steal_ns;
+	u64 net_rx_ns;
+	u32 net_rx_runs;
+	u32 processed;
+	u32 squeezed;
+	u32 tgid;
+	u32 tid;
+	u32 policy;
+	u32 prio;
+	u32 stack_bytes;
+	char comm[COMM_LEN];
+	u64 stack[LOOKBACK_DEPTH];
+};
+
+struct tick_ring {
+	u64 written; /* samples ever; the next goes to written % LOOKBACK_SAMPLES */
+	struct tick_sample samples[LOOKBACK_SAMPLES];
+};
+
+/* What one CPU polled. */
+struct napi_slot {
+	u64 napi;
+	u64 polls;
+	u64 packets;
+	u64 exhausted; /* polls that used their whole budget */
+	u64 checked; /* jiffies when name and ifindex were read */
+	u32 ifindex;
+	u32 reserved;
+	char name[COMM_LEN];
+};
+
+struct napi_table {
+	struct napi_slot slots[NAPI_SLOTS];
+	u64 untracked; /* polls that found no slot, and those of slots given away */
+	u64 untracked_packets;
 };
 
 /* What the task iterator writes for each kernel thread. */
@@ -122,6 +228,8 @@ struct task_entry {
 	u64 task;
 	u32 pid;
 	u32 flags;
+	u32 cpus_allowed; /* on how many CPUs it may run */
+	u32 cpu; /* that it is on */
 	char comm[COMM_LEN];
 };
 

@@ -1,49 +1,85 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * sched_wakeup, sched_switch: since when has ksoftirqd/N been runnable without
- * running? Both return at once unless ksoftirqd is concerned or waits.
+ * sched_wakeup, sched_switch: since when has a watched kernel thread been
+ * runnable without running? Both return at once unless one is concerned or
+ * waits. They run under the lock of the run queue that the thread is on, so
+ * that a wake-up from another CPU and a switch do not meet.
  */
+#define HASH_FACTOR 0x9e3779b97f4a7c15ULL
 
 /* A pointer may outlive its task: believe it only while the pid agrees. */
-static __always_inline bool is_ksoftirqd(struct cpu_state *st, struct task_struct *task)
+static __always_inline bool is_pid(struct task_struct *task, u32 pid)
 {
-	u32 pid = 0;
+	u32 found = 0;
 
-	bpf_probe_read_kernel(&pid, sizeof(pid), &task->pid);
-	return pid && pid == st->ksoftirqd_pid;
+	bpf_probe_read_kernel(&found, sizeof(found), &task->pid);
+	return pid && found == pid;
 }
 
-static __always_inline void wait_begins(struct cpu_state *st)
+static __always_inline void wait_begins(struct cpu_state *st, u64 task, u32 pid, u64 now)
 {
-	if (!st->active)
+	struct waiter *waiter;
+	u32 slot = KSOFTIRQD;
+
+	if (task != st->waiters[KSOFTIRQD].task) {
+#pragma unroll
+		for (slot = 1; slot < WAITERS; slot++) {
+			waiter = &st->waiters[slot];
+			if (!waiter->since_ns || waiter->task == task)
+				break;
+		}
+		if (slot == WAITERS) {
+			st->unwatched++;
+			return;
+		}
+	}
+	waiter = &st->waiters[slot & (WAITERS - 1)];
+	if (waiter->since_ns)
+		return;
+	if (!st->waiting && !st->active)
 		st->switches = 0;
-	st->ksoftirqd_since = bpf_ktime_get_ns();
+	waiter->task = task;
+	waiter->pid = pid;
+	waiter->since_ns = now;
+	st->waiting |= 1 << (slot & (WAITERS - 1));
 }
 
 int handle_sched_wakeup(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct cpu_state *st = this_cpu_state();
 	u64 task = ctx->args[0];
+	u32 hash = task * HASH_FACTOR >> (64 - WATCHED_BITS);
+	struct watched_bucket *bucket = watched.lookup(&hash);
+	struct cpu_state *st;
+	u32 place, pid, cpu;
 
-	if (!st)
+	if (!bucket)
 		return 0;
-	if (task != st->ksoftirqd) {
-		/* Not learned yet: only then look at the pid. */
-		if (st->ksoftirqd || !st->ksoftirqd_pid)
-			return 0;
-		if (!is_ksoftirqd(st, (struct task_struct *)task))
-			return 0;
-		st->ksoftirqd = task;
-	} else if (!is_ksoftirqd(st, (struct task_struct *)task)) {
-		st->ksoftirqd = 0;
-		st->ksoftirqd_since = 0;
-		st->stale++;
+#pragma unroll
+	for (place = 0; place < BUCKET_TASKS; place++) {
+		if (bucket->task[place] == task)
+			break;
+	}
+	if (place == BUCKET_TASKS)
+		return 0;
+
+	place &= BUCKET_TASKS - 1;
+	pid = bucket->pid[place];
+	if (!is_pid((struct task_struct *)task, pid)) {
+		bucket->task[place] = 0;
+		st = this_cpu_state();
+		if (st)
+			st->stale++;
 		return 0;
 	}
 	/* Woken while it runs, on its way to sleep: it has the CPU. */
-	if (st->ksoftirqd_since || bpf_get_current_task() == task)
+	if (bpf_get_current_task() == task)
 		return 0;
-	wait_begins(st);
+	cpu = bucket->cpu[place];
+	if (cpu == CPU_ANY)
+		bpf_probe_read_kernel(&cpu, sizeof(cpu), &((struct task_struct *)task)->wake_cpu);
+	st = cpus.lookup(&cpu);
+	if (st)
+		wait_begins(st, task, pid, bpf_ktime_get_ns());
 	return 0;
 }
 
@@ -71,7 +107,7 @@ static __always_inline void note_deferral(struct cpu_state *st)
 	u64 tick = st->last_tick_ns;
 	int vec;
 
-	if (st->ksoftirqd_since >= tick || st->serving)
+	if (st->waiters[KSOFTIRQD].since_ns >= tick || st->serving)
 		return;
 	for (vec = 0; vec < VEC_COUNT; vec++) {
 		if (vec == VEC_HI || vec == VEC_TASKLET)
@@ -83,36 +119,62 @@ static __always_inline void note_deferral(struct cpu_state *st)
 	}
 }
 
+static __always_inline void nobody_waits(struct cpu_state *st)
+{
+	int i;
+
+	for (i = 0; i < WAITERS; i++)
+		st->waiters[i].since_ns = 0;
+	st->waiting = 0;
+	st->missed++;
+}
+
+/* Which waiter gets the CPU; WAITERS: none of them. */
+static __always_inline u32 waiter_of(struct cpu_state *st, u64 task)
+{
+	u32 slot;
+
+#pragma unroll
+	for (slot = 0; slot < WAITERS; slot++) {
+		if (st->waiters[slot].task == task && st->waiters[slot].since_ns)
+			break;
+	}
+	return slot;
+}
+
 int handle_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
 	struct watch_config *cfg;
+	struct waiter *waiter;
 	u32 type = RECORD_SAMPLE;
-	u64 now, wait;
-	u32 pid = 1;
+	u32 slot, pid = 1;
+	u64 next, now, wait;
 
 	if (!st)
 		return 0;
-	if (!st->ksoftirqd_since && ctx->args[1] != st->ksoftirqd && !st->active)
+	if (!(st->waiting | st->active | st->running))
 		return 0;
 
-	if (ctx->args[1] == st->ksoftirqd) {
-		st->ksoftirqd_since = 0;
-		if (still_runnable(ctx))
-			wait_begins(st);
-		return 0;
+	if (st->running) {
+		if (st->running == ctx->args[1] && still_runnable(ctx))
+			wait_begins(st, st->running, st->running_pid, bpf_ktime_get_ns());
+		st->running = 0;
 	}
-	if (st->ksoftirqd_since)
+	next = ctx->args[2];
+	opaque(next);
+	if (!(st->waiting | st->active))
+		return 0;
+	if (st->waiters[KSOFTIRQD].since_ns)
 		note_deferral(st);
-	if (ctx->args[2] != st->ksoftirqd || !st->ksoftirqd_since) {
+	slot = waiter_of(st, next);
+	if (slot >= WAITERS) {
 		st->switches++;
 		bpf_probe_read_kernel(&pid, sizeof(pid),
-				      &((struct task_struct *)ctx->args[2])->pid);
-		if (!pid && st->ksoftirqd_since) {
-			/* The idle task runs only when nobody waits. */
-			st->ksoftirqd_since = 0;
-			st->missed++;
-		}
+				      &((struct task_struct *)next)->pid);
+		/* The idle task runs only when nobody waits. */
+		if (!pid && st->waiting)
+			nobody_waits(st);
 		return 0;
 	}
 
@@ -120,17 +182,24 @@ int handle_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 	if (!cfg)
 		return 0;
 	now = bpf_ktime_get_ns();
-	wait = age(st->ksoftirqd_since, now);
+	waiter = &st->waiters[slot & (WAITERS - 1)];
+	wait = age(waiter->since_ns, now);
 	if (cfg->threshold_ns && wait >= cfg->threshold_ns) {
-		begin(st, cfg, now - wait);
-		st->ksoftirqd_waited_ns = max_u63(st->ksoftirqd_waited_ns, wait);
+		begin(st, cfg, now - wait, now);
+		if (wait > waiter->waited_ns) {
+			waiter->waited_ns = wait;
+			waiter->waited_pid = waiter->pid;
+		}
 	}
-	st->ksoftirqd_since = 0;
+	waiter->since_ns = 0;
+	st->waiting &= ~(1 << (slot & (WAITERS - 1)));
+	st->running = next;
+	st->running_pid = waiter->pid;
 	if (end(st, cfg, now))
 		type = RECORD_CLOSE;
 	else if (!st->active || st->sample_nr)
 		return 0;
 	/* Whoever gives way now is the last chance for a stack. */
-	emit(ctx, st, type, SOURCE_SWITCH, now);
+	emit(ctx, st, cfg, type, SOURCE_SWITCH, now);
 	return 0;
 }

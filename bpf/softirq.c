@@ -43,6 +43,7 @@ int handle_softirq_entry(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
 	struct watch_config *cfg = watch();
+	struct waiter *ksoftirqd;
 	u32 vec = ctx->args[0];
 	u64 now, wait;
 
@@ -58,17 +59,39 @@ int handle_softirq_entry(struct bpf_raw_tracepoint_args *ctx)
 	if (vec == VEC_NET_RX)
 		net_rx_enter(st, now);
 #endif
-	if (st->ksoftirqd_since && !(VEC_NOW_MASK & (1U << vec)) && !st->raised[VEC_HI] &&
-	    !st->raised[VEC_TASKLET] && bpf_get_current_task() != st->ksoftirqd)
+	ksoftirqd = &st->waiters[KSOFTIRQD];
+	if (!ksoftirqd->task && ksoftirqd->pid == (u32)bpf_get_current_pid_tgid())
+		/* No task iterator told: it shows itself when it works. */
+		ksoftirqd->task = bpf_get_current_task();
+	if (ksoftirqd->since_ns && !(VEC_NOW_MASK & (1U << vec)) && !st->raised[VEC_HI] &&
+	    !st->raised[VEC_TASKLET] && bpf_get_current_task() != ksoftirqd->task)
 		st->inline_served++;
 
 	if (!cfg->threshold_ns || wait < cfg->threshold_ns || !(cfg->vec_mask & (1U << vec)))
 		return 0;
-	begin(st, cfg, now - wait);
+	begin(st, cfg, now - wait, now);
 	if (wait > st->waited_ns[vec])
 		st->waited_ns[vec] = wait;
 	if (end(st, cfg, now))
-		emit(ctx, st, RECORD_CLOSE, SOURCE_ENTRY, now);
+		emit(ctx, st, cfg, RECORD_CLOSE, SOURCE_ENTRY, now);
+	return 0;
+}
+
+/* A handler that ran on while a stall was seen: was it the stall? */
+static __always_inline int handler_left(struct bpf_raw_tracepoint_args *ctx,
+					struct cpu_state *st, u64 now)
+{
+	struct watch_config *cfg = watch();
+	u64 served = age(st->serving_since, now);
+
+	if (!cfg)
+		return 0;
+	if (served >= cfg->threshold_ns && served > st->served_ns) {
+		st->served_ns = served;
+		st->served_vec = ctx->args[0];
+	}
+	if (end(st, cfg, now))
+		emit(ctx, st, cfg, RECORD_CLOSE, SOURCE_EXIT, now);
 	return 0;
 }
 
@@ -83,7 +106,9 @@ int handle_softirq_exit(struct bpf_raw_tracepoint_args *ctx)
 	if ((u32)ctx->args[0] == VEC_NET_RX)
 		net_rx_leave(st, bpf_ktime_get_ns());
 #endif
-	return 0;
+	if (!st->active)
+		return 0;
+	return handler_left(ctx, st, bpf_ktime_get_ns());
 }
 
 #ifdef NET_RX_ACTION_TRACED

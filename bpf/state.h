@@ -7,9 +7,15 @@
  * where the order matters a comment says so.
  */
 #define PF_KTHREAD 0x00200000
+#define NSEC_PER_SEC 1000000000ULL
+/* A stall over the limit of its second is told after all from this many thresholds. */
+#define UNMUTE_FACTOR 10
 
 BPF_F_TABLE("array", u32, struct cpu_state, cpus, NR_CPUS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct watch_config, config, 1, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, struct watched_bucket, watched, 1 << WATCHED_BITS, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, struct tick_ring, rings, NR_CPUS, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, struct napi_table, napis, NR_CPUS, BPF_F_MMAPABLE);
 /* One slot per source: a tick may interrupt softirq_entry's record. */
 BPF_PERCPU_ARRAY(scratch, struct stall_record, SOURCE_COUNT);
 BPF_PERF_OUTPUT(events);
@@ -57,33 +63,73 @@ static __always_inline u64 age(u64 since, u64 now)
 	return at_least_zero(now - since) & -known;
 }
 
+static __always_inline u64 service_age(struct cpu_state *st, u64 now)
+{
+	return st->serving ? age(st->serving_since, now) : 0;
+}
+
 static __always_inline u64 oldest_overdue(struct cpu_state *st, struct watch_config *cfg, u64 now)
 {
-	u64 oldest = age(st->ksoftirqd_since, now);
+	u64 oldest = service_age(st, now);
 	u64 mask = cfg->vec_mask;
-	u64 watched;
-	int vec;
+	u64 watched_vec;
+	int i;
 
-	for (vec = 0; vec < VEC_COUNT; vec++) {
-		watched = -(mask >> vec & 1);
-		opaque(watched);
-		oldest = max_u63(oldest, age(st->raised[vec], now) & watched);
+	for (i = 0; i < WAITERS; i++)
+		oldest = max_u63(oldest, age(st->waiters[i].since_ns, now));
+	for (i = 0; i < VEC_COUNT; i++) {
+		watched_vec = -(mask >> i & 1);
+		opaque(watched_vec);
+		oldest = max_u63(oldest, age(st->raised[i], now) & watched_vec);
 	}
 	return oldest >= cfg->threshold_ns ? oldest : 0;
 }
 
-static __always_inline void begin(struct cpu_state *st, struct watch_config *cfg, u64 since)
+/*
+ * How late the tick is: 0 while it is not due, and on an idle CPU that stopped
+ * it. The timer is programmed in hardware and fires on time unless interrupts
+ * are off, or the whole CPU is away. expiring: it is being called just now, so
+ * it is in no queue any more.
+ */
+static __always_inline u64 tick_lateness(struct cpu_state *st, bool expiring, u64 now)
 {
+	struct hrtimer *timer = (struct hrtimer *)st->tick_timer;
+	u64 expires = 0;
+	u8 queued = 0;
+
+	if (!timer)
+		return 0;
+	bpf_probe_read_kernel(&expires, sizeof(expires), &timer->_softexpires);
+	if (!expiring)
+		bpf_probe_read_kernel(&queued, sizeof(queued), &timer->STALLD_HRTIMER_QUEUED);
+	return expiring || queued ? age(expires, now) : 0;
+}
+
+static __always_inline void begin(struct cpu_state *st, struct watch_config *cfg, u64 since,
+				  u64 now)
+{
+	int i;
+
 	if (st->active)
 		return;
 	__builtin_memset(st->waited_ns, 0, sizeof(st->waited_ns));
-	st->ksoftirqd_waited_ns = 0;
+	for (i = 0; i < WAITERS; i++)
+		st->waiters[i].waited_ns = 0;
+	st->served_ns = 0;
+	st->late_ns = 0;
+	st->napi_budget = 0;
 	st->started_ns = since;
 	st->sample_nr = 0;
 	st->next_sample_ns = 0;
 	st->spacing_ns = cfg->tick_ns;
-	if (!st->ksoftirqd_since)
+	if (!st->waiting)
 		st->switches = 0;
+	if (now - st->window_ns >= NSEC_PER_SEC) {
+		st->window_ns = now;
+		st->window_stalls = 0;
+	}
+	st->muted = cfg->max_stalls && st->window_stalls >= cfg->max_stalls;
+	st->window_stalls++;
 	st->seq++;
 	st->active = 1;
 }
@@ -98,18 +144,101 @@ static __always_inline bool end(struct cpu_state *st, struct watch_config *cfg, 
 		return false;
 	st->ended_ns = now;
 	st->active = 0;
+	if (st->muted) {
+		st->suppressed_ns += now - st->started_ns;
+		st->suppressed++;
+	}
 	return true;
 }
 
-static __always_inline void emit(void *ctx, struct cpu_state *st, u32 type, u32 source, u64 now)
+/*
+ * The steal clock of this CPU. KVM's own is exact; the kernel's account of any
+ * hypervisor's lags behind by a tick. Where one is not kept it stays 0.
+ */
+static __always_inline u64 steal_clock(struct cpu_state *st, struct watch_config *cfg)
+{
+	struct {
+		u64 steal;
+		u32 version;
+		u32 flags;
+	} kvm = {};
+	u64 accounted = 0;
+
+	if (!st->tick_timer)
+		return 0;
+	if (cfg->steal_offset) {
+		bpf_probe_read_kernel(&kvm, sizeof(kvm),
+				      (void *)(st->tick_timer + (s64)cfg->steal_offset));
+		st->steal_version = kvm.version;
+	}
+	if (!kvm.version && cfg->cpustat_offset)
+		bpf_probe_read_kernel(&accounted, sizeof(accounted),
+				      (void *)(st->tick_timer + (s64)cfg->cpustat_offset));
+	return kvm.version ? kvm.steal : accounted;
+}
+
+/* softnet_data's counters processed (low half) and time_squeeze (high half). */
+static __always_inline u64 softnet_counters(struct cpu_state *st, struct watch_config *cfg)
+{
+	u64 counters = 0;
+
+	if (st->tick_timer && cfg->softnet_offset)
+		bpf_probe_read_kernel(&counters, sizeof(counters),
+				      (void *)(st->tick_timer + (s64)cfg->softnet_offset));
+	return counters;
+}
+
+static __always_inline void fill_waits(struct stall_record *rec, struct cpu_state *st, u32 type,
+				       u64 now)
+{
+	struct waiter *waiter;
+	u64 ongoing = type == RECORD_CLOSE ? 0 : ~0ULL;
+	u64 here, longer;
+	int i;
+
+	opaque(ongoing);
+	for (i = 0; i < VEC_COUNT; i++) {
+		here = age(st->raised[i], now) & ongoing;
+		rec->wait_ns[i] = here | (st->waited_ns[i] & ~ongoing);
+	}
+	for (i = 0; i < WAITERS; i++) {
+		waiter = &st->waiters[i];
+		here = age(waiter->since_ns, now) & ongoing;
+		/* Whose wait is longer, the present one's or one that is over? */
+		longer = (s64)(here - waiter->waited_ns) >> 63;
+		opaque(longer);
+		rec->waiter_ns[i] = (here & ~longer) | (waiter->waited_ns & longer);
+		rec->waiter_pid[i] = (waiter->pid & ~longer) | (waiter->waited_pid & longer);
+	}
+}
+
+static __always_inline void fill_service(struct stall_record *rec, struct cpu_state *st, u64 now)
+{
+	u64 served = service_age(st, now);
+
+	rec->serving_vec = st->serving ? st->serving - 1 : VEC_NONE;
+	rec->served_ns = st->served_ns;
+	rec->served_vec = st->served_ns ? st->served_vec : VEC_NONE;
+	if (served > st->served_ns) {
+		rec->served_ns = served;
+		rec->served_vec = rec->serving_vec;
+	}
+	rec->napi_ifindex = st->napi_ifindex;
+	rec->napi_work = st->napi_work;
+	rec->napi_budget = st->napi_budget;
+	__builtin_memcpy(rec->napi_name, st->napi_name, sizeof(rec->napi_name));
+}
+
+static __always_inline void emit(void *ctx, struct cpu_state *st, struct watch_config *cfg,
+				 u32 type, u32 source, u64 now)
 {
 	struct stall_record *rec = scratch.lookup(&source);
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
 	u64 id = bpf_get_current_pid_tgid();
 	long kernel_bytes, user_bytes = 0;
-	int vec;
+	u64 softnet;
 
-	if (!rec)
+	if (!rec || st->muted)
 		return;
 	st->sample_nr += type == RECORD_SAMPLE;
 	rec->type = type;
@@ -118,24 +247,21 @@ static __always_inline void emit(void *ctx, struct cpu_state *st, u32 type, u32 
 	rec->seq = st->seq;
 	rec->time_ns = now;
 	rec->started_ns = st->started_ns;
-	if (type == RECORD_CLOSE) {
-		rec->ksoftirqd_wait_ns = st->ksoftirqd_waited_ns;
-		__builtin_memcpy(rec->wait_ns, st->waited_ns, sizeof(rec->wait_ns));
-	} else {
-		rec->ksoftirqd_wait_ns =
-			max_u63(age(st->ksoftirqd_since, now), st->ksoftirqd_waited_ns);
-		for (vec = 0; vec < VEC_COUNT; vec++)
-			rec->wait_ns[vec] = age(st->raised[vec], now);
-	}
-	rec->serving_vec = st->serving ? st->serving - 1 : VEC_NONE;
-	rec->serving_ns = st->serving ? age(st->serving_since, now) : 0;
+	rec->late_ns = st->late_ns;
+	rec->steal_ns = steal_clock(st, cfg);
+	rec->net_rx_ns = st->net_rx_ns + age(st->net_rx_since, now);
+	rec->net_rx_runs = st->net_rx_runs;
+	softnet = softnet_counters(st, cfg);
+	rec->processed = softnet;
+	rec->squeezed = softnet >> 32;
+	fill_waits(rec, st, type, now);
+	fill_service(rec, st, now);
 	rec->cgroup_id = bpf_get_current_cgroup_id();
 	rec->tgid = id >> 32;
 	rec->tid = id;
 	bpf_probe_read_kernel(&rec->task_flags, sizeof(rec->task_flags), &task->flags);
 	bpf_probe_read_kernel(&rec->policy, sizeof(rec->policy), &task->policy);
 	bpf_probe_read_kernel(&rec->prio, sizeof(rec->prio), &task->prio);
-	rec->ksoftirqd_pid = st->ksoftirqd_pid;
 	rec->switches = st->switches;
 	rec->sample_nr = st->sample_nr;
 	rec->lost = st->lost;

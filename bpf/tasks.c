@@ -14,6 +14,8 @@ int bpf_iter__task(struct bpf_iter__task *ctx)
 	entry.task = (u64)task;
 	entry.pid = task->pid;
 	entry.flags = task->flags;
+	entry.cpus_allowed = task->nr_cpus_allowed;
+	entry.cpu = task->wake_cpu;
 	bpf_probe_read_kernel(entry.comm, sizeof(entry.comm), task->comm);
 	bpf_seq_write(seq, &entry, sizeof(entry));
 	return 0;

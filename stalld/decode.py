@@ -9,22 +9,30 @@ from stalld.errors import DecodeError
 from stalld.records import (
     COMM_LEN,
     KERNEL_STACK_DEPTH,
+    LOOKBACK_DEPTH,
     USER_STACK_DEPTH,
     VECTORS,
+    WAITERS,
     RecordType,
     Source,
     StallRecord,
     TaskEntry,
+    TickSample,
 )
 
 # struct stall_record up to its kernel stack, which is sent only as far as filled.
-HEAD = struct.Struct(f"=4I5Q{len(VECTORS)}Q12I{COMM_LEN}s{USER_STACK_DEPTH}Q")
-_FIRST_WAIT = 9
-_AFTER_WAITS = _FIRST_WAIT + len(VECTORS)
-# The two stack sizes and the name, before the user stack.
-_SIZES = _AFTER_WAITS + 10
-_USER_STACK = _SIZES + 3
-TASK = struct.Struct(f"=QII{COMM_LEN}s")
+HEAD = struct.Struct(
+    f"=4I7Q{len(VECTORS)}Q{WAITERS}Q{WAITERS}I16I{COMM_LEN}s2I{COMM_LEN}s{USER_STACK_DEPTH}Q"
+)
+_WAIT_NS = 11
+_WAITER_NS = _WAIT_NS + len(VECTORS)
+_WAITER_PID = _WAITER_NS + WAITERS
+_AFTER_WAITERS = _WAITER_PID + WAITERS
+# The device's name, the two stack sizes and the task's name, before the user stack.
+_NAPI_NAME = _AFTER_WAITERS + 16
+_USER_STACK = _NAPI_NAME + 4
+TASK = struct.Struct(f"=QIIII{COMM_LEN}s")
+TICK = struct.Struct(f"=3Q8I{COMM_LEN}s{LOOKBACK_DEPTH}Q")
 
 
 def decode(data: bytes | memoryview) -> StallRecord:
@@ -40,7 +48,7 @@ def decode(data: bytes | memoryview) -> StallRecord:
     if len(data) < HEAD.size:
         raise DecodeError(f"record of {len(data)} bytes is shorter than its head ({HEAD.size})")
     head = HEAD.unpack_from(data)
-    kernel_bytes, user_bytes, comm = head[_SIZES:_USER_STACK]
+    napi_name, kernel_bytes, user_bytes, comm = head[_NAPI_NAME:_USER_STACK]
     if (
         kernel_bytes % 8
         or kernel_bytes > KERNEL_STACK_DEPTH * 8
@@ -60,9 +68,12 @@ def decode(data: bytes | memoryview) -> StallRecord:
         (
             record_type,
             source,
-            *head[2:_FIRST_WAIT],
-            head[_FIRST_WAIT:_AFTER_WAITS],
-            *head[_AFTER_WAITS:_SIZES],
+            *head[2:_WAIT_NS],
+            head[_WAIT_NS:_WAITER_NS],
+            head[_WAITER_NS:_WAITER_PID],
+            head[_WAITER_PID:_AFTER_WAITERS],
+            *head[_AFTER_WAITERS:_NAPI_NAME],
+            napi_name.split(b"\0", 1)[0],
             comm.split(b"\0", 1)[0],
             struct.unpack_from(f"={kernel_bytes // 8}Q", data, HEAD.size),
             head[_USER_STACK : _USER_STACK + user_bytes // 8],
@@ -78,5 +89,21 @@ def decode_tasks(data: bytes) -> Iterator[TaskEntry]:
     """
     if len(data) % TASK.size:
         raise DecodeError(f"{len(data)} bytes of tasks are not a multiple of {TASK.size}")
-    for task, pid, flags, comm in TASK.iter_unpack(data):
-        yield TaskEntry(task, pid, flags, comm.split(b"\0", 1)[0])
+    for *numbers, comm in TASK.iter_unpack(data):
+        yield TaskEntry._make((*numbers, comm.split(b"\0", 1)[0]))
+
+
+def decode_tick(data: bytes) -> TickSample:
+    """Decode one entry of the look-back ring.
+
+    Raises:
+        DecodeError: it has another size, or an impossible stack.
+    """
+    if len(data) != TICK.size:
+        raise DecodeError(f"tick sample of {len(data)} bytes is not {TICK.size}")
+    head = TICK.unpack(data)
+    *numbers, stack_bytes, comm = head[:12]
+    if stack_bytes % 8 or stack_bytes > LOOKBACK_DEPTH * 8:
+        raise DecodeError(f"impossible stack size of {stack_bytes} bytes in a tick sample")
+    stack = head[12 : 12 + stack_bytes // 8]
+    return TickSample._make((*numbers, comm.split(b"\0", 1)[0], stack))

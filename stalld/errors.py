@@ -17,6 +17,13 @@ class UsageError(StalldError):
     exit_code = 2
 
 
+class ConfigError(UsageError):
+    """A configuration file is wrong: one argument, and one line of the message, per error."""
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
+
+
 class ProbeError(StalldError):
     """The BPF programs could not be compiled, loaded or attached."""
 

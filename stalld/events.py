@@ -5,12 +5,16 @@ Pure: whatever a kernel or a process says comes in as arguments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from stalld.track.stall import Blocker, Update
-from stalld.track.verdict import HINTS
+from stalld.records import VECTORS
+from stalld.rings import Napi
+from stalld.track.evidence import path
+from stalld.track.fold import Reason, Suppressed
+from stalld.track.hints import hint
+from stalld.track.model import Blocker, Handler, Net, Update
 
 SCHEMA = "softirq-stalld/1"
 
@@ -21,6 +25,8 @@ _POLICIES = {0: "other", 1: "fifo", 2: "rr", 3: "batch", 5: "idle", 6: "deadline
 
 ERROR_FACTOR = 10
 """A starved vector is an error from this many times the threshold."""
+LOOKBACK_FRAMES = 12
+"""Innermost frames of a look-back stack: journald cuts lines at 48 KiB."""
 
 
 def rfc3339(wall_ns: int) -> str:
@@ -41,21 +47,33 @@ def text(raw: bytes) -> str:
 
 
 def stall_level(update: Update, threshold_ns: int) -> str:
-    """``info`` when nothing starved, else ``warning``, from 10 times the threshold ``error``."""
-    longest = max(update.starved.values(), default=0)
+    """``info`` when nothing starved, else ``warning``, from 10 times the threshold ``error``.
+
+    Vectors starve, and so do interrupts while none can come.
+    """
+    starved = [*update.starved.values(), *([update.late_ns] if update.late_ns else [])]
+    longest = max(starved, default=0)
     if not longest:
         return "info"
     return "error" if longest >= ERROR_FACTOR * threshold_ns else "warning"
 
 
-def stall(update: Update, *, stall_id: str, boot_wall_ns: int, sampler: str) -> Event:
+def stall(
+    update: Update,
+    *,
+    stall_id: str,
+    boot_wall_ns: int,
+    sampler: str,
+    names: Mapping[int, bytes],
+) -> Event:
     """The ``stall`` event.
 
     Args:
         update: from the tracker.
         stall_id: the same in all lines of one stall.
         boot_wall_ns: wall-clock time of CLOCK_MONOTONIC zero.
-        sampler: what took the samples: ``tick`` or ``none``.
+        sampler: what takes the samples: ``tick`` or ``none``.
+        names: pid → name of the watched threads.
     """
     return {
         "phase": update.phase.value,
@@ -71,6 +89,11 @@ def stall(update: Update, *, stall_id: str, boot_wall_ns: int, sampler: str) -> 
         }
         if update.ksoftirqd_wait_ns
         else None,
+        "waiting": [
+            {"pid": pid, "comm": _name(names.get(pid)), "runnable_ms": milliseconds(wait)}
+            for pid, wait in update.waiting.items()
+        ],
+        "handler": _handler(update.handler),
         "blocker": _blocker(update.blocker),
         "stack": {
             "kernel": list(update.kernel_stack),
@@ -78,22 +101,90 @@ def stall(update: Update, *, stall_id: str, boot_wall_ns: int, sampler: str) -> 
             "captured": update.captured,
         },
         "evidence": {
-            "sampler": sampler,
+            "sampler": "nmi" if update.nmi else sampler,
             "samples": update.samples,
             "expected": update.expected,
             "lost": update.lost,
             "switches": update.switches,
+            "late_ms": milliseconds(update.late_ns),
+            "stolen_ms": None if update.stolen_ns is None else milliseconds(update.stolen_ns),
+            "serves_inline": update.serves_inline,
             "ended": update.ended.value if update.ended else None,
         },
-        "lookback": None,
-        "net": None,
-        "hint": HINTS.get(update.verdict),
+        "lookback": None if update.lookback is None else _lookback(update),
+        "net": _net(update.net),
+        "hint": hint(update),
     }
+
+
+def _name(comm: bytes | None) -> str | None:
+    return None if comm is None else text(comm)
+
+
+def _handler(handler: Handler | None) -> Event | None:
+    if handler is None:
+        return None
+    return {
+        "vector": VECTORS[handler.vec],
+        "service_ms": milliseconds(handler.service_ns),
+        "device": _name(handler.device),
+        "work": handler.work,
+        "budget": handler.budget,
+    }
+
+
+def _lookback(update: Update) -> list[Event]:
+    """Ticks that follow each other and show the same are one entry, the first of them."""
+    entries: list[Event] = []
+    last = None
+    for tick in update.lookback or ():
+        key = (tick.sample.tid, tick.mode, path(tick.frames))
+        if key == last:
+            entries[-1]["ticks"] += 1
+            continue
+        last = key
+        entries.append(
+            {
+                "ago_ms": milliseconds(update.started_ns - tick.sample.time_ns),
+                "comm": text(tick.sample.comm),
+                "pid": tick.sample.tgid,
+                "mode": tick.mode,
+                "stack": list(tick.frames[:LOOKBACK_FRAMES]),
+                "ticks": 1,
+            }
+        )
+    return entries
+
+
+def _net(net: Net) -> Event:
+    return {
+        "net_rx_runs": net.runs,
+        "net_rx_ms": milliseconds(net.service_ns),
+        "packets": net.packets,
+        "time_squeeze": net.squeezed,
+        "napi": napi(net.napi),
+    }
+
+
+def napi(polled: Napi) -> list[Event]:
+    """What was polled, by device; those that could not be told apart have no name."""
+    return [
+        {
+            "device": text(name) if name else None,
+            "ifindex": ifindex or None,
+            "polls": counts.polls,
+            "packets": counts.packets,
+            "exhausted": counts.exhausted,
+        }
+        for (ifindex, name), counts in polled.items()
+    ]
 
 
 def _blocker(blocker: Blocker | None) -> Event | None:
     if blocker is None:
         return None
+    # The kernel's scale: a deadline task has -1, real time 0 to 98, the rest 100 + nice + 20.
+    prio = blocker.prio if blocker.prio < 1 << 31 else -1
     return {
         "pid": blocker.tgid,
         "tid": blocker.tid,
@@ -101,10 +192,42 @@ def _blocker(blocker: Blocker | None) -> Event | None:
         "cmdline": None,
         "mode": blocker.mode,
         "policy": _POLICIES.get(blocker.policy),
+        "rt_priority": 99 - prio if 0 <= prio < 99 else None,
+        "nice": prio - 120 if 100 <= prio < 140 else None,
         "cgroup": None,
         "unit": None,
         "container_id": None,
         "pod_uid": None,
+    }
+
+
+def suppressed(given: Suppressed, *, boot_wall_ns: int, like: str | None) -> Event:
+    """The ``suppressed`` event; its level is ``given.level``.
+
+    Args:
+        given: from the folder, or what the kernel counted.
+        boot_wall_ns: wall-clock time of CLOCK_MONOTONIC zero.
+        like: stall id of ``given.like``.
+    """
+    by_rate = given.reason is Reason.RATE
+    blocker = given.blocker
+    return {
+        "reason": given.reason.value,
+        "cpus": sorted(given.cpus),
+        "count": given.stalls,
+        "total_ms": milliseconds(given.total_ns),
+        "longest_ms": None if by_rate else milliseconds(given.longest_ns),
+        "since": rfc3339(boot_wall_ns + given.since_ns),
+        "until": rfc3339(boot_wall_ns + given.until_ns),
+        "verdict": given.verdict.value if given.verdict else None,
+        "blocker": {"pid": blocker.tgid, "comm": text(blocker.comm)} if blocker else None,
+        "stack": list(given.kernel_stack),
+        "like": like,
+        "hint": "the CPU had more stalls than storm.stalls_per_second lets through: "
+        "the kernel only counted these"
+        if by_rate
+        else "one blocker and stack had more stalls than storm.identical_per_minute lets through: "
+        "`like` is one of those written",
     }
 
 

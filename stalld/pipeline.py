@@ -1,60 +1,74 @@
-"""One record's way: bytes → record → observation → update → event."""
+"""One record's way: bytes → record → observation → update → folded or not → event."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from stalld import events
 from stalld.decode import decode
 from stalld.enrich.stack import Kind
 from stalld.enrich.symbols import SymbolTable
 from stalld.errors import DecodeError
-from stalld.records import Source, StallRecord
+from stalld.host import below
+from stalld.records import RecordType, Source, StallRecord
 from stalld.sinks.emitter import Emitter
 from stalld.state import StallState
-from stalld.track.stall import Observation, Phase, Tracker, Update
+from stalld.track.fold import Folder, Reason, Suppressed
+from stalld.track.model import Observation, Phase, Update
+from stalld.track.stall import Tracker
 
 _KINDS: dict[Source, Kind] = {
     Source.TICK: "tick",
     Source.SWITCH: "switch",
     Source.ENTRY: "entry",
+    Source.EXIT: "entry",
+    Source.NMI: "tick",
 }
 # How softirqs are served when a task enables bottom halves.
 _BH_ENABLE = {"__local_bh_enable_ip", "do_softirq"}
 
 
 class Pipeline:
-    """Joins decoder, symbols, tracker and sink; counts what came through.
+    """Joins decoder, symbols, tracker, folder and sink; counts what came through.
 
     Args:
+        names: pid → name of the watched threads, kept current by the caller.
         id_prefix: makes stall ids unique across daemons and boots.
         sampler: what takes the samples: ``tick`` or ``none``.
         clocks_ns: CLOCK_MONOTONIC and CLOCK_REALTIME, taken together.
         on_bad_record: told of a record that could not be decoded.
+        on_hotplug: told of a CPU that goes down or comes up.
     """
 
     def __init__(
         self,
         tracker: Tracker,
+        folder: Folder,
         symbols: SymbolTable,
         emitter: Emitter,
         *,
+        names: Mapping[int, bytes],
         id_prefix: str,
         sampler: str,
         clocks_ns: Callable[[], tuple[int, int]],
         on_bad_record: Callable[[DecodeError], None],
+        on_hotplug: Callable[[int], None],
     ) -> None:
         self.symbols = symbols
         self.tracker = tracker
+        self.folder = folder
         self.records = 0
         self.stalls = 0
         self.lost = 0
         self.undecodable = 0
+        self.suppressed = 0
+        self._names = names
         self._emitter = emitter
         self._id_prefix = id_prefix
         self._sampler = sampler
         self._clocks_ns = clocks_ns
         self._on_bad_record = on_bad_record
+        self._on_hotplug = on_hotplug
 
     def take(self, data: bytes) -> None:
         """Take one raw record in; emit what it brings about."""
@@ -63,6 +77,9 @@ class Pipeline:
         except DecodeError as error:
             self.undecodable += 1
             self._on_bad_record(error)
+            return
+        if record.type is RecordType.HOTPLUG:
+            self._on_hotplug(record.cpu)
             return
         self.records += 1
         self._emit(self.tracker.observe(self._observation(record)))
@@ -77,34 +94,58 @@ class Pipeline:
         """Resolve stalls whose closing records were lost."""
         self._emit(self.tracker.expire(self._clocks_ns()[0], state))
 
+    def take_suppressed(
+        self, cpu: int, count: int, total_ns: int, since_ns: int, until_ns: int
+    ) -> None:
+        """The kernel kept ``count`` stalls of ``cpu`` to itself: too many in a second."""
+        told = Suppressed(Reason.RATE, frozenset((cpu,)), count, total_ns, since_ns, until_ns)
+        self._write([told])
+
+    def flush(self) -> None:
+        """Tell of folded stalls whose minute is over."""
+        self._write(self.folder.flush(self._clocks_ns()[0]))
+
     def finish(self) -> None:
-        """Resolve every open stall: the daemon stops."""
+        """Resolve every open stall, and tell of all that was folded: the daemon stops."""
         self._emit(self.tracker.finish(self._clocks_ns()[0]))
+        self._write(self.folder.finish())
 
     def _observation(self, record: StallRecord) -> Observation:
         kind = _KINDS[record.source]
         stack = self.symbols.trimmed(record.kernel_stack, kind)
         cut = self.symbols.format_stack(record.kernel_stack)[: stack.cut]
-        enabled = kind == "entry" and any(f.partition("+0x")[0] in _BH_ENABLE for f in cut)
-        below = None
-        if stack.mode in ("softirq", "hardirq"):
-            below = "kernel" if len(stack.frames) > stack.own else "user"
-            below = below if record.tid else "idle"
-        return Observation(record, stack.mode, stack.frames, enabled, below)
+        enabled = record.source is Source.ENTRY and any(f.partition("+0x")[0] in _BH_ENABLE for f in cut)
+        return Observation(
+            record, stack.mode, stack.frames, enabled, below(stack, record.tid)
+        )
 
     def _emit(self, updates: list[Update]) -> None:
-        if not updates:
-            return
-        monotonic_ns, wall_ns = self._clocks_ns()
         for update in updates:
             self.stalls += update.phase is Phase.RESOLVED
-            self._emitter.emit(
-                "stall",
-                events.stall_level(update, self.tracker.threshold_ns),
-                events.stall(
-                    update,
-                    stall_id=f"{self._id_prefix}-{update.cpu}-{update.seq}",
-                    boot_wall_ns=wall_ns - monotonic_ns,
-                    sampler=self._sampler,
-                ),
+            self._write(self.folder.take(update, self._clocks_ns()[0]))
+
+    def _write(self, lines: Sequence[Update | Suppressed]) -> None:
+        if not lines:
+            return
+        monotonic_ns, wall_ns = self._clocks_ns()
+        boot_wall_ns = wall_ns - monotonic_ns
+        for line in lines:
+            if isinstance(line, Suppressed):
+                self.suppressed += line.stalls
+                like = self._stall_id(*line.like) if line.like else None
+                event = events.suppressed(line, boot_wall_ns=boot_wall_ns, like=like)
+                self._emitter.emit("suppressed", line.level, event)
+                continue
+            event = events.stall(
+                line,
+                stall_id=self._stall_id(line.cpu, line.seq),
+                boot_wall_ns=boot_wall_ns,
+                sampler=self._sampler,
+                names=self._names,
             )
+            self._emitter.emit(
+                "stall", events.stall_level(line, self.tracker.threshold_ns), event
+            )
+
+    def _stall_id(self, cpu: int, seq: int) -> str:
+        return f"{self._id_prefix}-{cpu}-{seq}"

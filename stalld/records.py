@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 VECTORS = (
     "HI",
@@ -29,7 +29,16 @@ VEC_NONE = 0xFFFFFFFF
 COMM_LEN = 16
 KERNEL_STACK_DEPTH = 127
 USER_STACK_DEPTH = 27
+LOOKBACK_DEPTH = 48
+LOOKBACK_SAMPLES = 64
+WAITERS = 8
+KSOFTIRQD = 0
+"""Which of the waiters is ksoftirqd."""
+NAPI_SLOTS = 16
+BUCKET_TASKS = 4
+CPU_ANY = 0xFFFFFFFF
 PF_KTHREAD = 0x00200000
+PF_NO_SETAFFINITY = 0x04000000
 
 
 class RecordType(enum.IntEnum):
@@ -37,6 +46,7 @@ class RecordType(enum.IntEnum):
 
     SAMPLE = 1
     CLOSE = 2
+    HOTPLUG = 3
 
 
 class Source(enum.IntEnum):
@@ -45,6 +55,9 @@ class Source(enum.IntEnum):
     TICK = 0
     SWITCH = 1
     ENTRY = 2
+    EXIT = 3
+    NMI = 4
+    HOTPLUG = 5
 
 
 class StallRecord(NamedTuple):
@@ -52,6 +65,11 @@ class StallRecord(NamedTuple):
 
     ``wait_ns`` has one entry per vector: in a sample the age of the pending
     vector now, in a closing record its longest wait at or over the threshold.
+    ``waiter_ns`` and ``waiter_pid`` say the same of watched threads, ksoftirqd
+    first. ``late_ns``: the longest that a tick of this stall came too late.
+    ``served_ns``: the longest run of one handler, of vector ``served_vec``.
+    ``steal_ns``, ``net_rx_ns``, ``net_rx_runs``, ``processed`` and ``squeezed``
+    are counters of the CPU that only grow.
     """
 
     type: RecordType
@@ -60,29 +78,72 @@ class StallRecord(NamedTuple):
     seq: int
     time_ns: int
     started_ns: int
-    ksoftirqd_wait_ns: int
-    serving_ns: int
+    late_ns: int
+    served_ns: int
+    steal_ns: int
+    net_rx_ns: int
     cgroup_id: int
     wait_ns: tuple[int, ...]
+    waiter_ns: tuple[int, ...]
+    waiter_pid: tuple[int, ...]
     tgid: int
     tid: int
     task_flags: int
     policy: int
     prio: int
     serving_vec: int
-    ksoftirqd_pid: int
+    served_vec: int
     switches: int
     sample_nr: int
     lost: int
+    net_rx_runs: int
+    processed: int
+    squeezed: int
+    napi_ifindex: int
+    napi_work: int
+    napi_budget: int
+    napi_name: bytes
     comm: bytes
     kernel_stack: tuple[int, ...]
     user_stack: tuple[int, ...]
 
 
 class TaskEntry(NamedTuple):
-    """A kernel thread as the task iterator reports it."""
+    """A kernel thread as the task iterator reports it.
+
+    ``cpus_allowed``: on how many CPUs it may run; ``cpu``: on which one it is.
+    """
 
     task: int
     pid: int
     flags: int
+    cpus_allowed: int
+    cpu: int
     comm: bytes
+
+
+class TickSample(NamedTuple):
+    """One ``struct tick_sample``: what ran on a CPU when its tick came."""
+
+    time_ns: int
+    steal_ns: int
+    net_rx_ns: int
+    net_rx_runs: int
+    processed: int
+    squeezed: int
+    tgid: int
+    tid: int
+    policy: int
+    prio: int
+    comm: bytes
+    stack: tuple[int, ...]
+
+
+def watched_bits(cpus: int) -> int:
+    """Logarithm of how many buckets the watched threads of ``cpus`` CPUs get."""
+    return max(6, (16 * cpus - 1).bit_length())
+
+
+def watched_bucket(task: int, bits: int) -> int:
+    """The bucket of a task pointer, as ``handle_sched_wakeup`` finds it."""
+    return (task * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> (64 - bits)

@@ -10,23 +10,27 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
 from stalld import __version__, events
+from stalld.config import Settings
 from stalld.enrich.kallsyms import Kallsyms
 from stalld.enrich.ksymbols import KsymbolError, KsymbolFeed
 from stalld.enrich.symbols import SymbolTable
 from stalld.errors import DecodeError, StalldError
+from stalld.host import LocalHost, is_virtual
+from stalld.kthreads import Watched, iterate_tasks, ksoftirqd_pids
 from stalld.pipeline import Pipeline
 from stalld.probe.client import load_probes, possible_cpus
 from stalld.reader import PerfReader, ReaderThread, online_cpus, split
 from stalld.records import VECTORS
+from stalld.rings import Rings
 from stalld.sinks.emitter import Emitter
-from stalld.state import Maps, iterate_tasks, ksoftirqd_pids
+from stalld.state import Maps
+from stalld.track.fold import Folder
 from stalld.track.stall import Tracker
 
 EXPIRE_EVERY_S = 0.1
@@ -39,21 +43,8 @@ RELOAD_EVERY_S = 5.0
 # include/uapi/linux/time.h; Python has no name for it.
 _CLOCK_MONOTONIC_COARSE = 6
 
-WATCHED = ("HI", "TIMER", "NET_TX", "NET_RX", "BLOCK", "IRQ_POLL", "TASKLET", "HRTIMER")
-MAX_SAMPLES = 16
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the command line asks for. ``duration_s`` None: until stopped."""
-
-    threshold_ms: float = 10.0
-    duration_s: float | None = None
-
-    @property
-    def threshold_ns(self) -> int:
-        """The threshold in nanoseconds."""
-        return round(self.threshold_ms * 1e6)
+TICK_FUNCTIONS = (b"tick_nohz_handler", b"tick_sched_timer")
+"""What the tick's hrtimer calls: today, and on older kernels."""
 
 
 def tick_ns() -> int:
@@ -120,30 +111,46 @@ class Service:
 
     def _attach(self, kallsyms: Kallsyms, started_ns: int) -> None:
         fds = self._probes.fds
-        self._maps = Maps(fds["map:cpus"], fds["map:config"], possible_cpus())
-        watched = self._learn()
+        config = self._settings.config
+        cpus = possible_cpus()
+        self._maps = Maps(fds["map:cpus"], fds["map:config"], cpus)
+        self._watched = Watched(fds["map:watched"], self._maps, config.detect.kthreads)
+        ksoftirqd = self._learn()
+        self._rings = Rings(fds["map:rings"], fds["map:napis"], cpus)
+        symbols = SymbolTable(kallsyms, self._feed)
+        host = LocalHost(self._maps, self._rings, symbols, is_virtual())
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
         self._pipeline = Pipeline(
-            Tracker(self._settings.threshold_ns, self._maps.serves_inline),
-            SymbolTable(kallsyms, self._feed),
+            Tracker(self._settings.threshold_ns, tick_ns(), host),
+            Folder(config.storm.identical_per_minute, self._settings.threshold_ns),
+            symbols,
             self._emitter,
+            names=self._watched.names,
             id_prefix=f"{boot_id}-{started_ns:x}",
             sampler="tick" if "link:hrtimer_expire_entry" in fds else "none",
             clocks_ns=clocks_ns,
             on_bad_record=self._log_bad_record,
+            on_hotplug=self._hotplug,
         )
         self._reader = PerfReader(fds["map:events"], self._pipeline.take)
         self._resources.callback(self._reader.close)
         # The lock keeps every record back until `started` is written.
         with self._reader.lock:
             self._start_reading()
+            percpu = self._probes.description.percpu
             self._maps.watch(
                 self._settings.threshold_ns,
-                tick_ns(),
-                sum(1 << VECTORS.index(name) for name in WATCHED),
-                MAX_SAMPLES,
+                tick_ns=tick_ns(),
+                vec_mask=sum(1 << VECTORS.index(name) for name in config.detect.vectors),
+                max_samples=config.detect.max_samples,
+                max_stalls=config.storm.stalls_per_second,
+                lookback=config.detect.lookback,
+                steal_offset=percpu.get("steal", 0),
+                cpustat_offset=percpu.get("cpustat", 0),
+                softnet_offset=percpu.get("softnet", 0),
+                tick_function=[kallsyms.address(name) for name in TICK_FUNCTIONS],
             )
-            self._emit_started(watched, kallsyms.hidden)
+            self._emit_started(ksoftirqd, kallsyms.hidden)
         if self._feed_error:
             self._log.info(
                 "new BPF programs are named only after a reload", reason=self._feed_error
@@ -262,10 +269,13 @@ class Service:
     def _learn(self) -> dict[int, int]:
         link = self._probes.fds.get("iter:task")
         if link is not None:
-            return self._maps.learn_ksoftirqd(iterate_tasks(link))
+            return self._watched.learn(iterate_tasks(link))
         pids = ksoftirqd_pids()
-        self._maps.learn_ksoftirqd_pids(pids)
+        self._watched.learn_pids(pids)
         return pids
+
+    def _hotplug(self, cpu: int) -> None:
+        self._log.info("CPU goes down or comes up", cpu=cpu)
 
     def _open_feed(self) -> KsymbolFeed | None:
         try:
@@ -297,9 +307,11 @@ class Service:
                 "kernel": platform.release(),
                 "threshold_ms": self._settings.threshold_ms,
                 "tick_ms": events.milliseconds(tick_ns()),
-                "vectors": list(WATCHED),
+                "vectors": list(self._settings.config.detect.vectors),
                 "cpus": len(ksoftirqd),
+                "kthreads": len(self._watched.names),
                 "sampler": "tick" if "link:hrtimer_expire_entry" in self._probes.fds else "none",
+                "lookback": self._looks_back(),
                 "net_rx_action": description.net_rx_action,
                 "structs": description.structs,
                 "attached": [f"{item.hook} ({item.how})" for item in description.attached],
@@ -321,11 +333,21 @@ class Service:
                 "records_undecodable": pipeline.undecodable,
                 "stale_tasks": maps.total("stale"),
                 "missed_services": maps.total("missed"),
+                "unwatched_wakeups": maps.total("unwatched"),
+                "suppressed": pipeline.suppressed,
                 "net_rx_runs": maps.total("net_rx_runs"),
                 "net_rx_ms": events.milliseconds(maps.total("net_rx_ns")),
                 "net_rx_max_ms": events.milliseconds(max(s.net_rx_max_ns for s in maps.cpus)),
+                "napi": events.napi(self._rings.napi_totals()),
                 "serves_inline": maps.serves_inline(),
             },
+        )
+
+    def _looks_back(self) -> bool:
+        return bool(
+            "link:lookback" in self._probes.fds
+            and self._maps.config.lookback
+            and any(self._maps.config.tick_function)
         )
 
 

@@ -8,11 +8,12 @@ from typing import NamedTuple
 from stalld.check.report import Item, State
 from stalld.check.stimulus import LIMIT_S, stimulate
 from stalld.errors import DecodeError, ProbeError, StalldError
+from stalld.kthreads import Watched, iterate_tasks, ksoftirqd_pids
 from stalld.probe.client import ProbeChild, Probes, load_probes, possible_cpus
 from stalld.probe.protocol import Description
 from stalld.reader import PerfReader
 from stalld.records import VECTORS
-from stalld.state import Maps, iterate_tasks, ksoftirqd_pids
+from stalld.state import Maps
 
 _NEVER_NS = 60 * 10**9
 """A threshold that nothing reaches: the programs watch, yet record no stall."""
@@ -101,18 +102,19 @@ def _start(probes: Probes, tick_ns: int) -> tuple[Maps, list[Item]]:
     PerfReader(fds["map:events"], lambda _: None).close()
     items = [Item("perf buffers", State.OK, "opened on every CPU")]
     maps = Maps(fds["map:cpus"], fds["map:config"], possible_cpus())
+    watched = Watched(fds["map:watched"], maps, ())
     try:
         link = fds.get("iter:task")
         if link is None:
             pids = ksoftirqd_pids()
-            maps.learn_ksoftirqd_pids(pids)
+            watched.learn_pids(pids)
         else:
-            pids = maps.learn_ksoftirqd(iterate_tasks(link))
+            pids = watched.learn(iterate_tasks(link))
     except (StalldError, DecodeError) as error:
         items.append(_refused("ksoftirqd", str(error), "the waits of ksoftirqd cannot be seen"))
     else:
         items.append(_ksoftirqd(len(pids)))
-    maps.watch(_NEVER_NS, tick_ns, (1 << len(VECTORS)) - 1, 0)
+    maps.watch(_NEVER_NS, tick_ns=tick_ns, vec_mask=(1 << len(VECTORS)) - 1)
     return maps, items
 
 

@@ -225,6 +225,15 @@ class Kallsyms:
         sure = not last_of_run or offset < _PAGE
         return Symbol(self._name(index), offset, module, sure)
 
+    def address(self, name: bytes) -> int:
+        """Where the first symbol called ``name`` begins; 0 where there is none."""
+        at = self._names.find(b"\n%s\n" % name) + 1
+        if not at:
+            return 0
+        index = self._names.count(b"\n", 0, at)
+        segment = bisect_right(self._firsts, index) - 1
+        return self._bases[segment] + self._low[index]
+
     def format(self, address: int) -> str:
         """``fn+0xoff``, with `` [module]`` outside the core kernel; unknown: ``0x…``."""
         symbol = self.resolve(address)

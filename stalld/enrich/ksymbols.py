@@ -1,6 +1,6 @@
 """What appears in and leaves kernel text after start: BPF programs, trampolines, probe pages.
 
-The kernel announces each one as PERF_RECORD_KSYMBOL (5.1, commit 76193a94522f; trampolines and
+The kernel announces each one as PERFperf.RECORD_KSYMBOL (5.1, commit 76193a94522f; trampolines and
 ftrace and kprobe pages since 5.9, commit 69e49088692c) to every perf event that asks for it, on
 the CPU where it happens. One dummy event per CPU with a small ring is enough; nobody waits on
 them: the rings are looked at when a stack holds an address that is not core kernel text. That
@@ -10,47 +10,17 @@ no new reading of /proc/kallsyms. Needs CAP_PERFMON.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
-import platform
 import struct
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Container, Iterable
 from typing import NamedTuple, Self
 
+from stalld import perf
 from stalld.errors import DecodeError, StalldError
 
-_SYSCALL_NR = {
-    "x86_64": 298,
-    "aarch64": 241,
-    "riscv64": 241,
-    "loongarch64": 241,
-    "ppc64le": 319,
-    "s390x": 331,
-}
-
-# include/uapi/linux/perf_event.h
-_PERF_TYPE_SOFTWARE = 1
-_PERF_COUNT_SW_DUMMY = 9
-_PERF_SAMPLE_TIME = 1 << 2
-_PERF_FLAG_FD_CLOEXEC = 1 << 3
-_ATTR_EXCLUDE_KERNEL = 1 << 5
-_ATTR_EXCLUDE_HV = 1 << 6
-_ATTR_WATERMARK = 1 << 14
-_ATTR_SAMPLE_ID_ALL = 1 << 18
-_ATTR_USE_CLOCKID = 1 << 25
-_ATTR_KSYMBOL = 1 << 29
-_CLOCK_MONOTONIC = 1
-# type, size, config, sample_period, sample_type, read_format, flags, wakeup_watermark, bp_type,
-# config1, config2, branch_sample_type, sample_regs_user, sample_stack_user, clockid,
-# sample_regs_intr, aux_watermark, sample_max_stack
-_ATTR = struct.Struct("=IIQQQQQIIQQQQIiQIHxx")
-_ATTR_SIZE = 112  # PERF_ATTR_SIZE_VER5: any kernel that knows attr.ksymbol takes it
-assert _ATTR.size == _ATTR_SIZE
-
-_RECORD_LOST = 2
-_RECORD_KSYMBOL = 17
 _TYPE_BPF = 1
 _UNREGISTER = 1 << 0
 _HEADER = struct.Struct("=IHH")
@@ -102,7 +72,7 @@ def decode(data: bytes) -> Drained:
         kind, _, size = _HEADER.unpack_from(data, at)
         if size < _HEADER.size or at + size > len(data):
             raise DecodeError(f"record of {size} bytes at {at}, {len(data) - at} are left")
-        if kind == _RECORD_KSYMBOL:
+        if kind == perf.RECORD_KSYMBOL:
             body = at + _HEADER.size
             name_end = at + size - _TIME.size
             if name_end < body + _KSYMBOL.size:
@@ -112,7 +82,7 @@ def decode(data: bytes) -> Drained:
             name = data[body + _KSYMBOL.size : name_end].partition(b"\0")[0]
             removed = bool(flags & _UNREGISTER)
             events.append(Ksymbol(time_ns, address, length, name, ksym_type == _TYPE_BPF, removed))
-        elif kind == _RECORD_LOST:
+        elif kind == perf.RECORD_LOST:
             lost = True
         at += size
     return Drained(tuple(events), lost)
@@ -121,11 +91,14 @@ def decode(data: bytes) -> Drained:
 class KsymbolFeed:
     """The kernel's announcements on the given CPUs, kept in rings until `drain`.
 
-    A CPU that comes online later is not covered: open a new feed then, and read the table anew.
+    Belongs to one thread, or is used under one lock.
     """
 
-    def __init__(self, rings: Sequence[_Ring]) -> None:
-        self._rings = tuple(rings)
+    def __init__(self, ring_bytes: int = _RING_BYTES) -> None:
+        self._ring_bytes = max(ring_bytes, mmap.PAGESIZE)
+        self._rings: dict[int, _Ring] = {}
+        self._kept: list[Ksymbol] = []  # from rings that are closed
+        self._lost = False
 
     @classmethod
     def open(cls, cpus: Iterable[int], ring_bytes: int = _RING_BYTES) -> Self:
@@ -133,52 +106,80 @@ class KsymbolFeed:
 
         Raises KsymbolError: kernel too old, CAP_PERFMON or locked memory missing.
         """
-        number = _SYSCALL_NR.get(platform.machine())
-        if number is None:
-            raise KsymbolError(f"perf_event_open on {platform.machine()} is not known")
-        rings: list[_Ring] = []
+        feed = cls(ring_bytes)
         try:
-            for cpu in cpus:
-                ring = _Ring.open(number, cpu, max(ring_bytes, mmap.PAGESIZE))
-                if ring is not None:
-                    rings.append(ring)
-        except OSError as error:
-            for ring in rings:
-                ring.close()
-            raise KsymbolError(_explain(error)) from error
-        return cls(rings)
+            feed.refresh(cpus)
+        except KsymbolError:
+            feed.close()
+            raise
+        feed._lost = False
+        return feed
 
     @property
     def fds(self) -> tuple[int, ...]:
         """The perf events; readable only when a ring is half full."""
-        return tuple(ring.fd for ring in self._rings)
+        return tuple(ring.fd for ring in self._rings.values())
+
+    def refresh(self, cpus: Iterable[int], suspects: Container[int] = ()) -> None:
+        """Listen on these CPUs from now on.
+
+        What a CPU announced before it went is drained all the same. What one announced before
+        it got its ring is missed: the next drain is `lost` when any CPU got one.
+
+        Args:
+            cpus: those online.
+            suspects: those among them that may have been offline since the last call.
+
+        Raises:
+            KsymbolError: a CPU could not be listened to; the others are, and the next drain is
+                `lost`.
+        """
+        wanted = set(cpus)
+        for cpu, ring in list(self._rings.items()):
+            if cpu not in wanted or (cpu in suspects and perf.detached(ring.fd)):
+                self._take(self._rings.pop(cpu))
+                ring.close()
+        try:
+            for cpu in sorted(wanted - self._rings.keys()):
+                new = _Ring.open(cpu, self._ring_bytes)
+                if new is not None:
+                    self._rings[cpu] = new
+                    self._lost = True
+        except OSError as error:
+            self._lost = True
+            raise KsymbolError(_explain(error)) from error
 
     def pending(self) -> bool:
-        """Whether anything was announced since the last drain; a memory read per CPU."""
-        return any(ring.words[_HEAD] != ring.words[_TAIL] for ring in self._rings)
+        """Whether there is anything to drain; a memory read per CPU."""
+        return (
+            self._lost
+            or bool(self._kept)
+            or any(ring.words[_HEAD] != ring.words[_TAIL] for ring in self._rings.values())
+        )
 
     def drain(self) -> Drained:
         """Take everything announced, of all CPUs in the order in which it happened."""
-        events: list[Ksymbol] = []
-        lost = False
-        for ring in self._rings:
-            data, refused = ring.take()
-            lost = lost or refused
-            try:
-                part = decode(data)
-            except DecodeError:
-                lost = True
-                continue
-            events += part.events
-            lost = lost or part.lost
-        events.sort(key=lambda event: event.time_ns)
-        return Drained(tuple(events), lost)
+        for ring in self._rings.values():
+            self._take(ring)
+        drained = Drained(tuple(sorted(self._kept, key=lambda event: event.time_ns)), self._lost)
+        self._kept.clear()
+        self._lost = False
+        return drained
 
     def close(self) -> None:
         """Stop listening."""
-        for ring in self._rings:
-            ring.close()
-        self._rings = ()
+        while self._rings:
+            self._rings.popitem()[1].close()
+
+    def _take(self, ring: _Ring) -> None:
+        data, refused = ring.take()
+        try:
+            part = decode(data)
+        except DecodeError:
+            self._lost = True
+            return
+        self._kept += part.events
+        self._lost = self._lost or refused or part.lost
 
     def __enter__(self) -> Self:
         return self
@@ -199,38 +200,25 @@ class _Ring:
         self.words = memoryview(ring)[: mmap.PAGESIZE].cast("Q")
 
     @classmethod
-    def open(cls, number: int, cpu: int, size: int) -> _Ring | None:
+    def open(cls, cpu: int, size: int) -> _Ring | None:
         """None when the CPU has gone offline meanwhile."""
-        flags = _ATTR_KSYMBOL | _ATTR_SAMPLE_ID_ALL | _ATTR_USE_CLOCKID | _ATTR_WATERMARK
+        flags = perf.KSYMBOL | perf.SAMPLE_ID_ALL | perf.USE_CLOCKID | perf.WATERMARK
         # Nothing is ever sampled; excluded all the same, so that no more rights are asked for.
-        flags |= _ATTR_EXCLUDE_KERNEL | _ATTR_EXCLUDE_HV
-        attr = _ATTR.pack(
-            _PERF_TYPE_SOFTWARE,
-            _ATTR_SIZE,
-            _PERF_COUNT_SW_DUMMY,
-            0,
-            _PERF_SAMPLE_TIME,
-            0,
-            flags,
-            size // 2,
-            *(0, 0, 0, 0, 0, 0),
-            _CLOCK_MONOTONIC,
-            *(0, 0, 0),
+        flags |= perf.EXCLUDE_KERNEL | perf.EXCLUDE_HV
+        attr = perf.attribute(
+            perf.TYPE_SOFTWARE,
+            perf.SW_DUMMY,
+            sample_type=perf.SAMPLE_TIME,
+            flags=flags,
+            wakeup=size // 2,
+            clockid=time.CLOCK_MONOTONIC,
         )
-        libc = ctypes.CDLL(None, use_errno=True)
-        fd: int = libc.syscall(
-            ctypes.c_long(number),
-            ctypes.c_char_p(attr),
-            ctypes.c_int(-1),
-            ctypes.c_int(cpu),
-            ctypes.c_int(-1),
-            ctypes.c_ulong(_PERF_FLAG_FD_CLOEXEC),
-        )
-        if fd < 0:
-            code = ctypes.get_errno()
-            if code == errno.ENODEV:
+        try:
+            fd = perf.open_event(attr, cpu)
+        except OSError as error:
+            if error.errno == errno.ENODEV:
                 return None
-            raise OSError(code, os.strerror(code))
+            raise
         try:
             return cls(fd, mmap.mmap(fd, mmap.PAGESIZE + size, mmap.MAP_SHARED))
         except OSError:
@@ -255,12 +243,12 @@ class _Ring:
 
 
 def _explain(error: OSError) -> str:
-    reason = os.strerror(error.errno or 0)
+    reason = error.strerror or os.strerror(error.errno or 0)
     if error.errno in (errno.EACCES, errno.EPERM):
         return (
             f"{reason}: CAP_PERFMON is missing, or too little memory may be locked "
             "(LimitMEMLOCK=, kernel.perf_event_mlock_kb)"
         )
     if error.errno in (errno.EINVAL, errno.E2BIG):
-        return f"{reason}: this kernel has no PERF_RECORD_KSYMBOL (it came with 5.1)"
+        return f"{reason}: this kernel has no PERFperf.RECORD_KSYMBOL (it came with 5.1)"
     return reason

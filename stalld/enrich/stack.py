@@ -186,6 +186,11 @@ def is_entry(name: str) -> bool:
     return bool(_IRQ_ENTRY.fullmatch(bare) or _EXCEPTION_ENTRY.fullmatch(bare))
 
 
+def leaves_interrupt(name: str) -> bool:
+    """Whether `name` is on the way out of an interrupt, back to what that came over."""
+    return bool(_EXIT_WORK.fullmatch(_bare(name)))
+
+
 def _bare(name: str) -> str:
     """`name` without offset, module and the compiler's suffixes (.isra.0, .part.0, .cold)."""
     plain = name.partition(" ")[0].partition("+0x")[0]

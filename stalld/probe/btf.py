@@ -17,7 +17,7 @@ from stalld.errors import MissingAbilityError
 VMLINUX_BTF = "/sys/kernel/btf/vmlinux"
 
 _INT, _PTR, _ARRAY, _STRUCT, _UNION, _ENUM, _TYPEDEF = 1, 2, 3, 4, 5, 6, 8
-_FUNC_PROTO = 13
+_FUNC_PROTO, _VAR, _DATASEC = 13, 14, 15
 # volatile, const, restrict, type tag: they change nothing about the layout.
 _MODIFIERS = {_TYPEDEF, 9, 10, 11, 18}
 _ENTRY = struct.Struct("=III")
@@ -119,6 +119,32 @@ class Btf:
             f"{self.path} has no field {struct_name}.{' or '.join(names)}: "
             "this kernel is not supported, please report it with its version"
         )
+
+    def percpu_offset(self, variable: str, *members: str) -> int | None:
+        """Where a member of a per-CPU variable lies in a CPU's area, in bytes.
+
+        None where this kernel has no such variable (or its BTF lists none). Offsets are
+        relative to one common start, so only differences of two mean anything.
+        """
+        variable_id = self.find(variable, _VAR)
+        section = self.find(".data..percpu", _DATASEC)
+        if variable_id is None or section is None:
+            return None
+        whole = self._type(section)
+        raw = ctypes.string_at(whole.address, whole.vlen * _ENTRY.size)
+        offset = next((at for found, at, _ in _ENTRY.iter_unpack(raw) if found == variable_id), None)
+        type_id = self._type(variable_id).size_or_type
+        for name in members:
+            while self._type(type_id).kind in _MODIFIERS:
+                type_id = self._type(type_id).size_or_type
+            if self._type(type_id).kind not in (_STRUCT, _UNION):
+                return None
+            found = {name: rest for name, *rest in self._members(type_id, 0)}
+            if name not in found or offset is None:
+                return None
+            type_id, bits, _ = found[name]
+            offset += bits // 8
+        return offset
 
     def _type(self, type_id: int) -> _Type:
         address = self._lib.btf__type_by_id(self._btf, type_id)

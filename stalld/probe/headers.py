@@ -25,7 +25,14 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("policy",),
         ("prio",),
         ("__state", "state"),
+        ("on_rq",),
+        ("on_cpu",),
+        ("wake_cpu",),
+        ("nr_cpus_allowed",),
     ),
+    "hrtimer": (("_softexpires",), ("function",), ("state", "is_queued")),
+    "net_device": (("name",), ("ifindex",)),
+    "napi_struct": (("dev",),),
     "bpf_iter_meta": (("seq",),),
     "bpf_iter__task": (("meta",), ("task",)),
 }
@@ -45,6 +52,7 @@ typedef __u16 __sum16; typedef __u32 __wsum;
 typedef _Bool bool; typedef unsigned long size_t; typedef unsigned long uintptr_t;
 typedef int pid_t;
 enum { false, true };
+#define NULL ((void *)0)
 #define offsetof(type, member) __builtin_offsetof(type, member)
 #define __always_inline inline __attribute__((always_inline))
 """
@@ -92,6 +100,8 @@ def write_tree(root: Path, btf: Btf) -> list[str]:
         path.write_text(text)
     flags = [f"-I{root}/include", "-DSTALLD_STRUCTS_FROM_BTF"]
     flags.append(f"-DSTALLD_TASK_STATE={btf.field('task_struct', '__state', 'state').name}")
+    queued = btf.field("hrtimer", "state", "is_queued").name
+    flags.append(f"-DSTALLD_HRTIMER_QUEUED={queued}")
     # prev_state became an argument in 5.18 (commit fa2c3254d7cf).
     if (btf.tracepoint_args("sched_switch") or 0) >= 4:
         flags.append("-DSCHED_SWITCH_HAS_PREV_STATE")
@@ -144,6 +154,7 @@ def distribution_headers(root: Path = Path("/")) -> list[str]:
         )
     new_state = re.search(r"unsigned int\s+__state;", sched.read_text(errors="replace"))
     flags = [f"-DSTALLD_TASK_STATE={'__state' if new_state else 'state'}"]
+    flags.append("-DSTALLD_HRTIMER_QUEUED=state")
     events = tree / "include/trace/events/sched.h"
     if events.is_file() and re.search(
         r"TRACE_EVENT\(sched_switch,\s*TP_PROTO\([^)]*prev_state", events.read_text()

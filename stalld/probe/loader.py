@@ -15,11 +15,22 @@ from stalld.probe.capabilities import require_bpf
 from stalld.probe.fentry import fentry_error
 from stalld.probe.headers import distribution_headers, write_tree
 from stalld.probe.protocol import Attached, Description, Missing, Request
+from stalld.records import watched_bits
 
 if TYPE_CHECKING:
     from bcc import BPF
 
-SOURCES = ("records.h", "state.h", "sched.c", "softirq.c", "tick.c", "hotplug.c", "tasks.c")
+SOURCES = (
+    "records.h",
+    "state.h",
+    "sched.c",
+    "softirq.c",
+    "lookback.c",
+    "tick.c",
+    "napi.c",
+    "hotplug.c",
+    "tasks.c",
+)
 """One translation unit, in this order: bcc rewrites only its main file."""
 
 PROGRAMS = {
@@ -31,18 +42,29 @@ PROGRAMS = {
     "sched_switch": "handle_sched_switch",
     "sched_wakeup": "handle_sched_wakeup",
     "softirq_raise": "handle_softirq_raise",
+    "napi_poll": "handle_napi_poll",
+    # Two on one hook: the kernel runs them in the order they were attached.
+    "lookback": "handle_tick",
     "hrtimer_expire_entry": "handle_hrtimer_expire",
 }
+HOOKS = {"lookback": "hrtimer_expire_entry"}
+"""Where a program is attached to, when it is not called after its hook."""
 OPTIONAL = {
     "cpuhp_enter": "a CPU taken offline in mid-stall may be reported as stalled when it returns",
     "hrtimer_expire_entry": "no samples during a stall: stalls are seen when they end, "
     "with the stack of that moment",
+    "lookback": "what ran before a stall is not known, and times with interrupts off "
+    "are not seen",
+    "napi_poll": "polls and packets per device are not counted, and a long NET_RX handler "
+    "has no device",
 }
 """Hooks the service can do without, and what that means."""
 
-MAPS = ("cpus", "config", "events")
+MAPS = ("cpus", "config", "events", "watched", "rings", "napis")
 
 _BPF_TRACE_ITER = 28
+# include/linux/kernel_stat.h: enum cpu_usage_stat
+_CPUTIME_STEAL = 7
 
 
 def load(request: Request, structs_dir: Path) -> tuple[Description, list[int]]:
@@ -68,7 +90,7 @@ def load(request: Request, structs_dir: Path) -> tuple[Description, list[int]]:
         reason = _cannot_trace_net_rx_action(how, btf)
         if reason is None:
             try:
-                return _build(request, flags, how, btf is not None, missing)
+                return _build(request, flags, how, btf, missing)
             except _NetRxActionError as error:
                 reason = str(error)
         missing.append(
@@ -104,6 +126,28 @@ def open_btf(path: str) -> Btf | None:
     return Btf(path)
 
 
+def percpu_places(btf: Btf) -> dict[str, int]:
+    """See :class:`Description`; what the kernel does not have is left out.
+
+    A raw tracepoint has no way to this CPU's variables, but the timer of the
+    tick is one of them, and the hook passes its address.
+    """
+    timer = btf.percpu_offset("tick_cpu_sched", "sched_timer")
+    if timer is None:
+        return {}
+    steal = btf.percpu_offset("steal_time", "steal")
+    cpustat = btf.percpu_offset("kernel_cpustat", "cpustat")
+    softnet = btf.percpu_offset("softnet_data", "processed")
+    squeezed = btf.percpu_offset("softnet_data", "time_squeeze")
+    places = {
+        "steal": steal,
+        "cpustat": None if cpustat is None else cpustat + _CPUTIME_STEAL * 8,
+        # The program reads both with one load.
+        "softnet": softnet if softnet is not None and squeezed == softnet + 4 else None,
+    }
+    return {name: place - timer for name, place in places.items() if place is not None}
+
+
 def _cannot_trace_net_rx_action(how: str, btf: Btf | None) -> str | None:
     if how == "kfunc":
         return fentry_error(btf, "net_rx_action") if btf else "no BTF"
@@ -114,13 +158,19 @@ def _cannot_trace_net_rx_action(how: str, btf: Btf | None) -> str | None:
 
 
 def _build(
-    request: Request, flags: list[str], how: str, with_btf: bool, missing: list[Missing]
+    request: Request, flags: list[str], how: str, btf: Btf | None, missing: list[Missing]
 ) -> tuple[Description, list[int]]:
     from bcc import BPF, __version__
 
     clock = time.monotonic()
     # -O1: bcc runs LLVM's own passes after clang's; unrolling in both costs time and size.
-    flags = [*flags, f"-DNR_CPUS={request.cpus}", "-O1", "-Wno-duplicate-decl-specifier"]
+    flags = [
+        *flags,
+        f"-DNR_CPUS={request.cpus}",
+        f"-DWATCHED_BITS={watched_bits(request.cpus)}",
+        "-O1",
+        "-Wno-duplicate-decl-specifier",
+    ]
     if how != "softirq":
         flags += ["-DNET_RX_ACTION_TRACED", f"-DNET_RX_ACTION_{how.upper()}"]
     try:
@@ -136,17 +186,19 @@ def _build(
     attached: list[Attached] = []
     if how != "softirq":
         fds |= _attach_net_rx_action(bpf, how, attached)
-    if with_btf:
+    if btf is not None:
         fds["iter:task"] = _task_iterator(bpf, attached, missing)
     for hook in request.hooks or PROGRAMS:
         fd = _attach_raw_tracepoint(bpf, hook, PROGRAMS.get(hook, ""), missing)
         if fd is not None:
             fds[f"link:{hook}"] = fd
-            attached.append(Attached(hook, "raw_tracepoint"))
+            place = HOOKS.get(hook, hook)
+            name = hook if hook == place else f"{place}: {hook}"
+            attached.append(Attached(name, "raw_tracepoint"))
     # A slot that could not be filled carries no descriptor.
     fds = {name: fd for name, fd in fds.items() if fd >= 0}
     description = Description(
-        structs="btf" if with_btf else "headers",
+        structs="btf" if btf else "headers",
         net_rx_action=how,
         attached=attached,
         missing=missing,
@@ -154,6 +206,7 @@ def _build(
         bcc_version=str(__version__),
         compile_ms=round((compiled - clock) * 1e3, 1),
         attach_ms=round((time.monotonic() - compiled) * 1e3, 1),
+        percpu=percpu_places(btf) if btf else {},
     )
     return description, list(fds.values())
 
@@ -162,7 +215,8 @@ def _source(bpf_dir: Path) -> str:
     """All sources as one text, with lines that keep the compiler's messages true."""
     parts = [
         "#include <linux/types.h>\n#ifdef STALLD_STRUCTS_FROM_BTF\n"
-        "#include <stalld_structs.h>\n#else\n#include <linux/sched.h>\n#endif\n"
+        "#include <stalld_structs.h>\n#else\n#include <linux/sched.h>\n"
+        "#include <linux/netdevice.h>\n#endif\n"
     ]
     for name in SOURCES:
         try:
@@ -174,7 +228,8 @@ def _source(bpf_dir: Path) -> str:
 
 def _attach_raw_tracepoint(bpf: BPF, hook: str, program: str, missing: list[Missing]) -> int | None:
     function = _load_program(bpf, program, bpf.RAW_TRACEPOINT, hook)
-    fd = int(_libbpf().bpf_raw_tracepoint_open(hook.encode(), function.fd))
+    place = HOOKS.get(hook, hook)
+    fd = int(_libbpf().bpf_raw_tracepoint_open(place.encode(), function.fd))
     if fd >= 0:
         return fd
     reason = os.strerror(ctypes.get_errno())
@@ -235,7 +290,7 @@ def _task_iterator(bpf: BPF, attached: list[Attached], missing: list[Missing]) -
         reason = os.strerror(ctypes.get_errno()) if fd < 0 else ""
     if fd < 0:
         effect = (
-            "each CPU learns its ksoftirqd when that is first woken; till then wake-ups cost more"
+            "each ksoftirqd is watched only after it has worked once, other threads are not watched"
         )
         missing.append(Missing("task iterator", reason, effect))
     else:

@@ -60,6 +60,8 @@ class Description:
 
     Names are ``map:NAME``, ``link:HOOK`` and ``iter:task``. ``net_rx_action``
     is ``kfunc``, ``kprobe`` or ``softirq`` (entry and exit of NET_RX stand in).
+    ``percpu`` tells where things are relative to the hrtimer of the CPU's tick:
+    ``steal``, ``cpustat`` and ``softnet``, as far as the kernel has them.
     """
 
     structs: str
@@ -70,6 +72,7 @@ class Description:
     bcc_version: str
     compile_ms: float
     attach_ms: float
+    percpu: dict[str, int] = field(default_factory=dict)
 
 
 def send(sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:

@@ -22,26 +22,39 @@ class Evidence(NamedTuple):
     """All that a verdict may rest on.
 
     Attributes:
+        stolen: the steal clock counted half of the stall or more.
+        late: a tick came too late by the threshold or longer, and by half of
+            the stall or more, even without what was stolen.
+        steal_told: a CPU that was taken away would have shown in the steal clock.
+        interrupts_enabled: the first stack after is one that had just enabled
+            interrupts, or an NMI saw them off.
+        handler_long: one handler was in service for the threshold or longer,
+            and for half of the stall or more.
         starved: a watched vector waited for the threshold or longer.
         starved_modes: modes of the samples that saw such a vector pending.
         handler_ran: a softirq handler was in service at one of those samples.
         enabled_late: the late vector was served when a task enabled bottom
             halves again.
-        ksoftirqd_waited: ksoftirqd was runnable for the threshold or longer.
-        ksoftirqd_runnable: it was runnable at some record, however short.
+        waited: a watched thread was runnable for the threshold or longer.
+        ksoftirqd_runnable: ksoftirqd was runnable at some record, however short.
         serves_inline: this kernel serves softirqs while ksoftirqd is runnable;
             None: not learned yet.
         stuck: one task was in the kernel, without a context switch, for the
             threshold or longer and for a good part of the stall.
         user: a task was interrupted in user mode, or gave way out of it.
-        others: context switches while ksoftirqd waited, or several tasks seen.
+        others: context switches while somebody waited, or several tasks seen.
     """
 
+    stolen: bool = False
+    late: bool = False
+    steal_told: bool = True
+    interrupts_enabled: bool = False
+    handler_long: bool = False
     starved: bool = False
     starved_modes: frozenset[str | None] = frozenset()
     handler_ran: bool = False
     enabled_late: bool = False
-    ksoftirqd_waited: bool = False
+    waited: bool = False
     ksoftirqd_runnable: bool = False
     serves_inline: bool | None = None
     stuck: bool = False
@@ -51,6 +64,13 @@ class Evidence(NamedTuple):
 
 def decide(evidence: Evidence) -> Verdict:
     """The verdict that the evidence supports; UNKNOWN when it supports none."""
+    if evidence.stolen:
+        return Verdict.VCPU_PREEMPTED
+    if evidence.late:
+        proven = evidence.steal_told or evidence.interrupts_enabled
+        return Verdict.IRQS_DISABLED if proven else Verdict.UNKNOWN
+    if evidence.handler_long:
+        return Verdict.SOFTIRQ_HOG
     if evidence.starved:
         if evidence.handler_ran:
             return Verdict.UNKNOWN
@@ -61,22 +81,10 @@ def decide(evidence: Evidence) -> Verdict:
             # Every interrupt's end would have served it: something forbade that.
             in_kernel = evidence.starved_modes == {"kernel"}
             return Verdict.SOFTIRQS_DISABLED if in_kernel else Verdict.UNKNOWN
-    elif not evidence.ksoftirqd_waited:
+    elif not evidence.waited:
         return Verdict.UNKNOWN
     if evidence.stuck:
         return Verdict.STUCK_IN_KERNEL
     if evidence.others or evidence.user:
         return Verdict.CPU_CONTENTION
     return Verdict.UNKNOWN
-
-
-HINTS = {
-    Verdict.STUCK_IN_KERNEL: "one task stayed in the kernel without rescheduling: "
-    "look at what its stack's system call does and how often it is called",
-    Verdict.SOFTIRQS_DISABLED: "the task held bottom halves off: look for a long "
-    "local_bh_disable() or spin_lock_bh() section in its stack",
-    Verdict.CPU_CONTENTION: "ksoftirqd lost the CPU to other tasks: look at their priorities, "
-    "real-time policies and CPU affinity",
-    Verdict.UNKNOWN: None,
-}
-"""What to look at or change, one sentence for each verdict given here."""

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * hrtimer_expire_entry once more, for the tick itself: was it late, and what
+ * runs? Attached before the program in tick.c, so that this one tells of a
+ * stall that is over first. A program of its own, since it has its own price.
+ */
+
+/* The tick is the hrtimer with the tick's function; its place is per-CPU and fixed. */
+static __always_inline void learn_tick(struct cpu_state *st, struct watch_config *cfg,
+				       struct hrtimer *timer)
+{
+	u64 function = 0;
+
+	bpf_probe_read_kernel(&function, sizeof(function), &timer->function);
+	if (function && (function == cfg->tick_function[0] || function == cfg->tick_function[1]))
+		st->tick_timer = (u64)timer;
+}
+
+static __always_inline void check_late(struct cpu_state *st, struct watch_config *cfg, u64 now)
+{
+	u64 late = tick_lateness(st, true, now);
+
+	if (late < cfg->threshold_ns)
+		return;
+	begin(st, cfg, now - max_u63(late, oldest_overdue(st, cfg, now)), now);
+	st->late_ns = max_u63(st->late_ns, late);
+}
+
+int handle_tick(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 cpu = bpf_get_smp_processor_id();
+	struct task_struct *task;
+	struct watch_config *cfg;
+	struct tick_sample *sample;
+	struct tick_ring *ring;
+	struct cpu_state *st;
+	u64 now, last, id, softnet;
+	long bytes;
+
+	st = cpus.lookup(&cpu);
+	if (!st)
+		return 0;
+	/* Another timer: most are, on some hosts. */
+	if (st->tick_timer && st->tick_timer != ctx->args[0])
+		return 0;
+	cfg = watch();
+	if (!cfg || !cfg->threshold_ns)
+		return 0;
+	if (!st->tick_timer) {
+		learn_tick(st, cfg, (struct hrtimer *)ctx->args[0]);
+		return 0;
+	}
+	now = bpf_ktime_get_ns();
+	last = st->last_tick_ns;
+	st->last_tick_ns = now;
+	if (last && now - last >= cfg->threshold_ns)
+		check_late(st, cfg, now);
+
+	ring = rings.lookup(&cpu);
+	if (!ring || !cfg->lookback)
+		return 0;
+	sample = &ring->samples[ring->written % LOOKBACK_SAMPLES];
+	id = bpf_get_current_pid_tgid();
+	task = (struct task_struct *)bpf_get_current_task();
+	softnet = softnet_counters(st, cfg);
+	/* The reader takes no sample whose time is 0, or changed meanwhile. */
+	*(volatile u64 *)&sample->time_ns = 0;
+	sample->steal_ns = steal_clock(st, cfg);
+	sample->net_rx_ns = st->net_rx_ns + age(st->net_rx_since, now);
+	sample->net_rx_runs = st->net_rx_runs;
+	sample->processed = softnet;
+	sample->squeezed = softnet >> 32;
+	sample->tgid = id >> 32;
+	sample->tid = id;
+	bpf_probe_read_kernel(&sample->policy, sizeof(sample->policy), &task->policy);
+	bpf_probe_read_kernel(&sample->prio, sizeof(sample->prio), &task->prio);
+	bpf_get_current_comm(sample->comm, sizeof(sample->comm));
+	bytes = bpf_get_stack(ctx, sample->stack, sizeof(sample->stack), 0);
+	sample->stack_bytes = bytes > 0 ? bytes : 0;
+	*(volatile u64 *)&sample->time_ns = now;
+	ring->written++;
+	return 0;
+}

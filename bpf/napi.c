@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * napi_poll: polls and packets of each device, per CPU. The tracepoint comes
+ * when a poll is over, so a long one is known by name only then.
+ */
+
+/* A slot's name is read again after this long: pointers are used anew. */
+#define CHECK_EVERY_JIFFIES 256
+
+static __always_inline void identify(struct napi_slot *slot, struct napi_struct *napi)
+{
+	struct net_device *dev = NULL;
+
+	slot->ifindex = 0;
+	bpf_probe_read_kernel(&dev, sizeof(dev), &napi->dev);
+	bpf_probe_read_kernel(&slot->ifindex, sizeof(slot->ifindex), &dev->ifindex);
+	bpf_probe_read_kernel(slot->name, sizeof(slot->name), dev->name);
+}
+
+static __always_inline void give_away(struct napi_table *table, struct napi_slot *slot)
+{
+	table->untracked += slot->polls;
+	table->untracked_packets += slot->packets;
+	slot->polls = 0;
+	slot->packets = 0;
+	slot->exhausted = 0;
+}
+
+int handle_napi_poll(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 cpu = bpf_get_smp_processor_id();
+	struct napi_table *table = napis.lookup(&cpu);
+	struct cpu_state *st = cpus.lookup(&cpu);
+	u64 napi = ctx->args[0];
+	u32 work = ctx->args[1], budget = ctx->args[2];
+	u64 now = bpf_jiffies64();
+	struct napi_slot *slot;
+	u32 ifindex;
+
+	if (!table || !st)
+		return 0;
+	slot = &table->slots[(napi >> 6 ^ napi >> 10 ^ napi >> 14) % NAPI_SLOTS];
+	if (slot->napi != napi && slot->napi && now - slot->checked < CHECK_EVERY_JIFFIES) {
+		/* Two busy queues want one slot. */
+		table->untracked++;
+		table->untracked_packets += work;
+	} else {
+		if (slot->napi != napi || now - slot->checked >= CHECK_EVERY_JIFFIES) {
+			ifindex = slot->ifindex;
+			identify(slot, (struct napi_struct *)napi);
+			if (slot->napi && (slot->napi != napi || slot->ifindex != ifindex))
+				give_away(table, slot);
+			slot->napi = napi;
+			slot->checked = now;
+		}
+		slot->polls++;
+		slot->packets += work;
+		slot->exhausted += work >= budget;
+	}
+	if (st->napi_wanted) {
+		struct napi_slot polled = {};
+
+		identify(&polled, (struct napi_struct *)napi);
+		st->napi_wanted = 0;
+		st->napi_ifindex = polled.ifindex;
+		st->napi_work = work;
+		st->napi_budget = budget;
+		__builtin_memcpy(st->napi_name, polled.name, sizeof(st->napi_name));
+	}
+	return 0;
+}

@@ -1,0 +1,71 @@
+"""What the tracker asks about this machine: the shared maps, the symbols, the hypervisor."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from stalld.enrich.stack import Trimmed
+from stalld.enrich.symbols import SymbolTable
+from stalld.records import TickSample
+from stalld.rings import Rings
+from stalld.state import Maps
+from stalld.track.model import History, Tick
+
+
+class LocalHost:
+    """Answers as ``track.model.Host`` asks.
+
+    Args:
+        virtual: this machine is a guest (see :func:`is_virtual`).
+    """
+
+    def __init__(self, maps: Maps, rings: Rings, symbols: SymbolTable, virtual: bool) -> None:
+        self._maps = maps
+        self._rings = rings
+        self._symbols = symbols
+        self._virtual = virtual
+
+    def history(self, cpu: int) -> History:
+        """What ran on ``cpu`` until now."""
+        return History(self._rings.ticks(cpu), self._rings.napi(cpu))
+
+    def explain(self, sample: TickSample) -> Tick:
+        """Name the stack of a tick."""
+        stack = self._symbols.trimmed(sample.stack, "tick")
+        return Tick(sample, stack.mode, stack.frames)
+
+    def serves_inline(self) -> bool | None:
+        """Whether this kernel serves softirqs while ksoftirqd is runnable."""
+        return self._maps.serves_inline()
+
+    def tells_steal(self, cpu: int) -> bool:
+        """Whether a tick that comes late could be told from a CPU that was taken away.
+
+        KVM counts its updates of the steal clock; other hypervisors' clocks are
+        accounted too late, and some keep none.
+        """
+        return not self._virtual or self._maps.cpus[cpu].steal_version != 0
+
+
+def below(stack: Trimmed, tid: int) -> str | None:
+    """What a softirq or interrupt came over: kernel, user or idle; None where it was none."""
+    if stack.mode not in ("softirq", "hardirq"):
+        return None
+    if not tid:
+        return "idle"
+    return "kernel" if len(stack.frames) > stack.own else "user"
+
+
+def is_virtual(proc: str = "/proc", sys: str = "/sys") -> bool:
+    """Whether a hypervisor may take this machine's CPUs away.
+
+    x86 tells by a CPU flag; elsewhere a device tree, or time stolen so far, does.
+    """
+    cpuinfo = Path(proc, "cpuinfo").read_text(errors="replace")
+    if re.search(r"^flags\b.*\bhypervisor\b", cpuinfo, re.MULTILINE):
+        return True
+    if Path(sys, "hypervisor/type").exists() or Path(proc, "device-tree/hypervisor").exists():
+        return True
+    total = Path(proc, "stat").read_text().split("\n", 1)[0].split()
+    return len(total) > 8 and int(total[8]) > 0

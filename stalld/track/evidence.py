@@ -1,0 +1,264 @@
+"""What the records of a stall prove: who had the CPU, for how long, and how."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+from stalld.enrich.stack import leaves_interrupt
+from stalld.records import LOOKBACK_SAMPLES, VEC_NONE, Source, TickSample
+from stalld.rings import BACKLOG, polled_since
+from stalld.track.gather import Stall
+from stalld.track.model import Blocker, Handler, Net, Observation, Tick
+from stalld.track.verdict import Evidence, Verdict
+
+STUCK_PART = 3
+"""A task is stuck in the kernel when it was there for this part of the stall."""
+MAIN_PART = 2
+"""What is to explain a stall by itself must have lasted for this part of it."""
+
+_U32 = 0xFFFFFFFF
+# Where interrupts are enabled again: the first interrupt after comes right there.
+_ENABLES_INTERRUPTS = re.compile(
+    r"_*raw_(?:spin|read|write)_(?:rt_)?unlock_irq(?:restore)?|finish_task_switch"
+    r"|(?:raw_)?local_irq_(?:enable|restore)"
+)
+
+
+def weigh(
+    stall: Stall, threshold_ns: int, serves_inline: bool | None, tells_steal: bool
+) -> Evidence:
+    """The evidence as of now."""
+    during = stall.during
+    starved = max(stall.wait_ns) >= threshold_ns
+    late = [o for o in during if max(o.record.wait_ns) >= threshold_ns]
+    closing = stall.closing
+    gave_way = [closing] if closing and closing.record.source is Source.SWITCH else []
+    main_ns = max(threshold_ns, stall.duration_ns / MAIN_PART)
+    stolen_ns = stall.stolen_ns() or 0
+    handler = longest_handler(stall, threshold_ns)
+    waits = (stall.ksoftirqd_wait_ns, *stall.waiting.values())
+    return Evidence(
+        stolen=stolen_ns >= main_ns,
+        late=stall.late_ns - stolen_ns >= main_ns,
+        steal_told=tells_steal,
+        interrupts_enabled=any(
+            o.record.source is Source.NMI or enabled_interrupts(o) for o in after_late(stall)
+        ),
+        handler_long=handler is not None and handler.service_ns >= main_ns,
+        starved=starved,
+        starved_modes=frozenset(o.mode for o in late),
+        handler_ran=any(o.record.serving_vec != VEC_NONE for o in late),
+        enabled_late=closing is not None and closing.bottom_halves_enabled,
+        waited=max(waits) >= threshold_ns,
+        ksoftirqd_runnable=stall.ksoftirqd_wait_ns > 0,
+        serves_inline=serves_inline,
+        stuck=longest_in_kernel_ns(during, closing)
+        >= max(threshold_ns, stall.duration_ns / STUCK_PART),
+        user=any(o.task_mode == "user" for o in (*stall.observations, *gave_way)),
+        others=stall.switches > 0 or len({o.record.tid for o in during}) > 1,
+    )
+
+
+def after_late(stall: Stall) -> list[Observation]:
+    """The observation made by the tick that came too late, and NMIs before it."""
+    found = [o for o in stall.observations if o.record.source is Source.NMI]
+    for observation in (*stall.observations, *([stall.closing] if stall.closing else [])):
+        record = observation.record
+        if record.source is Source.TICK and record.late_ns:
+            return [*found, observation]
+    return found
+
+
+def enabled_interrupts(observation: Observation) -> bool:
+    """Whether the innermost function is one that has just enabled interrupts."""
+    if observation.mode != "kernel" or not observation.frames:
+        return False
+    name = observation.frames[0].partition("+0x")[0].partition(".")[0]
+    return _ENABLES_INTERRUPTS.fullmatch(name) is not None
+
+
+def longest_in_kernel_ns(during: list[Observation], closing: Observation | None) -> int:
+    """How long one task stayed in the kernel, for all that the samples show.
+
+    Two samples of one task with no context switch between them show that it had
+    the CPU all the time; before the first switch it had it since the stall began.
+    """
+    longest = 0
+    since = 0
+    before: Observation | None = None
+    for now in during:
+        record = now.record
+        same = before is not None and (
+            before.record.tid == record.tid and before.record.switches == record.switches
+        )
+        if now.task_mode != "kernel":
+            before = None
+            continue
+        if not same:
+            since = record.time_ns if record.switches else record.started_ns
+        longest = max(longest, record.time_ns - since)
+        before = now
+    if before and closing and closing.record.switches == before.record.switches:
+        longest = max(longest, closing.record.time_ns - since)
+    return longest
+
+
+def longest_handler(stall: Stall, threshold_ns: int) -> Handler | None:
+    """The softirq handler that ran longest, where that was the threshold or longer."""
+    records = [o.record for o in stall.observations]
+    if stall.closing:
+        records.append(stall.closing.record)
+    record = max(records, key=lambda r: r.served_ns, default=None)
+    if record is None or record.served_ns < threshold_ns or record.served_vec == VEC_NONE:
+        return None
+    # The tracepoint comes when a poll is over, so seldom before the last record.
+    polled = next((r for r in reversed(records) if r.napi_budget), None)
+    if polled is None:
+        return Handler(record.served_vec, record.served_ns, None, None, None)
+    device = polled.napi_name if polled.napi_ifindex else BACKLOG
+    return Handler(
+        record.served_vec, record.served_ns, device, polled.napi_work, polled.napi_budget
+    )
+
+
+def main_observation(stall: Stall) -> Observation | None:
+    """What stands for the stall: the first sample of the task, and stack, seen longest."""
+    return _most_seen(stall.during or stall.observations or _let_go(stall.closing))
+
+
+def _most_seen(observations: list[Observation]) -> Observation | None:
+    """A sample stands for the time since the one before, as their spacing grows."""
+    if not observations:
+        return None
+    tasks: Counter[int] = Counter()
+    paths: Counter[tuple[int, tuple[str, ...]]] = Counter()
+    before_ns = observations[0].record.started_ns
+    for observation in observations:
+        record = observation.record
+        spent_ns = max(1, record.time_ns - before_ns)
+        before_ns = record.time_ns
+        tasks[record.tid] += spent_ns
+        paths[record.tid, path(observation.frames)] += spent_ns
+    tid = tasks.most_common(1)[0][0]
+    longest = max((key for key in paths if key[0] == tid), key=paths.__getitem__)
+    return next(o for o in observations if (o.record.tid, path(o.frames)) == longest)
+
+
+def _let_go(closing: Observation | None) -> list[Observation]:
+    """The closing record, unless a watched thread wrote it, who did not stand in its own way."""
+    if closing is None or closing.record.tid in closing.record.waiter_pid:
+        return []
+    return [closing]
+
+
+def main_consumer(stall: Stall) -> TickSample | None:
+    """The task seen at most ticks of the stall; None where the ring does not hold them all.
+
+    The samples thin out as a stall goes on, the ring has every tick.
+    """
+    if len(stall.meanwhile.ticks) >= LOOKBACK_SAMPLES and (
+        stall.meanwhile.ticks[0].time_ns > stall.started_ns
+    ):
+        return None
+    inside = stall.ticks_inside()
+    if not inside:
+        return None
+    tid = Counter(tick.tid for tick in inside).most_common(1)[0][0]
+    return next(tick for tick in inside if tick.tid == tid)
+
+
+class Culprit(NamedTuple):
+    """Who had the CPU, and the stack that shows it; ``seen`` is None without a record."""
+
+    blocker: Blocker | None = None
+    frames: tuple[str, ...] = ()
+    user_stack: tuple[int, ...] = ()
+    captured: str = "none"
+    seen: Observation | None = None
+
+
+def culprit_of(stall: Stall, verdict: Verdict, explain: Callable[[TickSample], Tick]) -> Culprit:
+    """Who is to blame under this verdict."""
+    main = main_observation(stall)
+    if main is None or verdict is Verdict.VCPU_PREEMPTED:
+        return Culprit()  # Nobody of this machine had the CPU.
+    if verdict is Verdict.CPU_CONTENTION:
+        consumer = main_consumer(stall)
+        if consumer is not None and consumer.tid != main.record.tid:
+            sampled = [o for o in stall.during if o.record.tid == consumer.tid]
+            if not sampled:
+                tick = explain(consumer)
+                return Culprit(blocker_at(tick), tick.frames, (), "during")
+            main = sampled[0]
+    blocker = blocker_of(main)
+    captured = "during" if main in stall.during else "after"
+    if verdict is Verdict.IRQS_DISABLED and main.record.source is not Source.NMI:
+        # The tick had to wait as well: it came when interrupts were enabled again.
+        captured = "after"
+        if blocker.mode == "user" or (main.frames and leaves_interrupt(main.frames[0])):
+            # User code cannot disable them: an interrupt was being handled.
+            blocker = blocker._replace(mode="hardirq")
+    if not (main.record.kernel_stack or main.frames):
+        captured = "none"
+    # The walker may end on a null frame pointer.
+    user_stack = tuple(address for address in main.record.user_stack if address)
+    return Culprit(blocker, main.frames, user_stack, captured, main)
+
+
+def blocker_of(observation: Observation) -> Blocker:
+    """Who had the CPU, from a record."""
+    record = observation.record
+    return Blocker(
+        record.tgid,
+        record.tid,
+        record.comm,
+        observation.mode,
+        record.policy,
+        record.prio,
+        record.cgroup_id,
+    )
+
+
+def blocker_at(tick: Tick) -> Blocker:
+    """Who had the CPU, from the ring."""
+    sample = tick.sample
+    return Blocker(
+        sample.tgid, sample.tid, sample.comm, tick.mode, sample.policy, sample.prio, None
+    )
+
+
+def net_of(stall: Stall) -> Net:
+    """What the CPU did for the network during the stall."""
+    last = stall.last_record
+    base = stall.last_tick_before() or (stall.observations[0].record if stall.observations else last)
+    napi = polled_since(stall.before.napi, stall.meanwhile.napi)
+    if last is None or base is None:
+        return Net(0, 0, None, None, napi)
+
+    # 0: the kernel's counters cannot be read, or there was never a packet.
+    known = last.processed > 0
+    return Net(
+        (last.net_rx_runs - base.net_rx_runs) & _U32,
+        max(0, last.net_rx_ns - base.net_rx_ns),
+        (last.processed - base.processed) & _U32 if known else None,
+        (last.squeezed - base.squeezed) & _U32 if known else None,
+        napi,
+    )
+
+
+def lookback(stall: Stall, explain: Callable[[TickSample], Tick], reach_ns: int) -> tuple[Tick, ...]:
+    """What ran in the ``reach_ns`` before the stall, oldest first."""
+    oldest_ns = stall.started_ns - reach_ns
+    return tuple(
+        explain(tick)
+        for tick in stall.before.ticks
+        if oldest_ns <= tick.time_ns <= stall.started_ns
+    )
+
+
+def path(frames: tuple[str, ...]) -> tuple[str, ...]:
+    """A stack without offsets: samples of one loop count as one."""
+    return tuple(frame.partition("+0x")[0] for frame in frames)

@@ -1,0 +1,104 @@
+"""All that is known about one stall so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from stalld.records import KSOFTIRQD, VECTORS, WAITERS, RecordType, Source, StallRecord, TickSample
+from stalld.state import StallState
+from stalld.track.model import History, Observation
+
+
+@dataclass
+class Stall:
+    """One stall of one CPU; :meth:`take` adds a record to it.
+
+    ``before`` is the CPU's history as of the first record, ``meanwhile`` as
+    of the last look.
+    """
+
+    cpu: int
+    seq: int
+    started_ns: int
+    before: History
+    last_ns: int = 0
+    observations: list[Observation] = field(default_factory=list)
+    closing: Observation | None = None
+    meanwhile: History = History()
+    wait_ns: list[int] = field(default_factory=lambda: [0] * len(VECTORS))
+    waiting: dict[int, int] = field(default_factory=dict)
+    ksoftirqd_pid: int = 0
+    ksoftirqd_wait_ns: int = 0
+    late_ns: int = 0
+    expected: int = 0
+    lost: int = 0
+    switches: int = 0
+    ongoing: int = 0
+    reported_ns: int = 0
+    over_since_ns: int = 0
+
+    @property
+    def duration_ns(self) -> int:
+        """So far, or in all."""
+        return max(0, self.last_ns - self.started_ns)
+
+    @property
+    def during(self) -> list[Observation]:
+        """The samples taken while it lasted."""
+        return [o for o in self.observations if o.record.source in (Source.TICK, Source.NMI)]
+
+    @property
+    def last_record(self) -> StallRecord | None:
+        """The newest one."""
+        newest = self.closing or (self.observations[-1] if self.observations else None)
+        return newest.record if newest else None
+
+    def take(self, observation: Observation) -> None:
+        """Add a record, in the order its CPU wrote them."""
+        record = observation.record
+        self.last_ns = max(self.last_ns, record.time_ns)
+        self.started_ns = min(self.started_ns, record.started_ns)
+        self.expected = max(self.expected, record.sample_nr)
+        self.switches = record.switches
+        self.late_ns = max(self.late_ns, record.late_ns)
+        self.ksoftirqd_pid = record.waiter_pid[KSOFTIRQD] or self.ksoftirqd_pid
+        self._take_waits(record.wait_ns, record.waiter_ns, record.waiter_pid)
+        if record.type is RecordType.CLOSE:
+            self.closing = observation
+            # Numbered by the kernel: what is missing was lost on the way.
+            self.lost = max(self.lost, record.sample_nr - len(self.observations))
+        else:
+            self.observations.append(observation)
+
+    def take_state(self, known: StallState) -> None:
+        """Add what the shared state says of a stall whose closing record was lost."""
+        self._take_waits(known.wait_ns, known.waiter_ns, known.waiter_pid)
+
+    def _take_waits(
+        self, wait_ns: tuple[int, ...], waiter_ns: tuple[int, ...], waiter_pid: tuple[int, ...]
+    ) -> None:
+        self.wait_ns = [max(pair) for pair in zip(self.wait_ns, wait_ns, strict=True)]
+        self.ksoftirqd_wait_ns = max(self.ksoftirqd_wait_ns, waiter_ns[KSOFTIRQD])
+        for slot in range(KSOFTIRQD + 1, WAITERS):
+            if waiter_ns[slot]:
+                pid = waiter_pid[slot]
+                self.waiting[pid] = max(self.waiting.get(pid, 0), waiter_ns[slot])
+
+    def ticks_inside(self) -> list[TickSample]:
+        """The ticks of the stall that the ring still held at the last look."""
+        return [t for t in self.meanwhile.ticks if self.started_ns < t.time_ns <= self.last_ns]
+
+    def last_tick_before(self) -> TickSample | None:
+        """The newest tick that came before the stall, if the ring still has it."""
+        for tick in reversed(self.before.ticks):
+            if tick.time_ns <= self.started_ns:
+                return tick
+        return None
+
+    def stolen_ns(self) -> int | None:
+        """What the steal clock counted since the last tick before; None: not known."""
+        last = self.last_record
+        base = self.last_tick_before() or next(iter(self.before.ticks), None)
+        if last is None or base is None or base.time_ns > last.time_ns:
+            return None
+        return min(max(0, last.steal_ns - base.steal_ns), self.duration_ns)
