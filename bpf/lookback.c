@@ -5,6 +5,9 @@
  * stall that is over first. A program of its own, since it has its own price.
  */
 
+/* The ring reaches back a quarter of a second, also where the tick is faster than 250 Hz. */
+#define LOOKBACK_PERIOD_NS 3500000
+
 /* The tick is the hrtimer with the tick's function; its place is per-CPU and fixed. */
 static __always_inline void learn_tick(struct cpu_state *st, struct watch_config *cfg,
 				       struct hrtimer *timer)
@@ -56,9 +59,12 @@ int handle_tick(struct bpf_raw_tracepoint_args *ctx)
 	if (last && now - last >= cfg->threshold_ns)
 		check_late(st, cfg, now);
 
-	ring = rings.lookup(&cpu);
-	if (!ring || !cfg->lookback)
+	if (!cfg->lookback || now - st->last_lookback_ns < LOOKBACK_PERIOD_NS)
 		return 0;
+	ring = rings.lookup(&cpu);
+	if (!ring)
+		return 0;
+	st->last_lookback_ns = now;
 	sample = &ring->samples[ring->written % LOOKBACK_SAMPLES];
 	id = bpf_get_current_pid_tgid();
 	task = (struct task_struct *)bpf_get_current_task();
@@ -66,7 +72,7 @@ int handle_tick(struct bpf_raw_tracepoint_args *ctx)
 	/* The reader takes no sample whose time is 0, or changed meanwhile. */
 	*(volatile u64 *)&sample->time_ns = 0;
 	sample->steal_ns = steal_clock(st, cfg);
-	sample->net_rx_ns = st->net_rx_ns + age(st->net_rx_since, now);
+	sample->net_rx_ns = net_rx_so_far(st, now);
 	sample->net_rx_runs = st->net_rx_runs;
 	sample->processed = softnet;
 	sample->squeezed = softnet >> 32;

@@ -109,7 +109,7 @@ struct waiter {
  * What one CPU knows about itself. Written by its own programs without locks
  * or atomics (waiters under its run queue's lock, so perhaps by another CPU),
  * read by user space through a shared mapping; user space writes only task
- * and pid of waiter KSOFTIRQD. A multiple of 64 bytes, so that no two CPUs
+ * and pid of waiter KSOFTIRQD, threshold_ns and the masks. A multiple of 64 bytes, so that no two CPUs
  * share a cache line.
  */
 struct cpu_state {
@@ -119,7 +119,15 @@ struct cpu_state {
 	u32 running_pid;
 	u32 serving; /* vector in service plus 1; 0: none */
 	u64 serving_since;
+	u64 threshold_ns; /* as in watch_config: here for the hot path, 0: record nothing */
+	u32 vec_mask;
+	u32 timed_mask; /* vectors whose raises are timed */
+	u64 net_rx_runs;
+	u64 net_rx_ns;
+	/* So far the first cache line; the next holds what a raise and its service touch. */
 	u64 raised[VEC_COUNT]; /* oldest raise not served yet; 0: none */
+	u64 net_rx_since;
+	u64 net_rx_max_ns;
 	struct waiter waiters[WAITERS];
 	u64 started_ns;
 	u64 next_sample_ns;
@@ -131,11 +139,8 @@ struct cpu_state {
 	u64 window_ns; /* the second in which window_stalls began */
 	u64 suppressed_ns; /* of all suppressed stalls */
 	u64 last_tick_ns;
+	u64 last_lookback_ns;
 	u64 tick_timer; /* hrtimer of this CPU's tick; 0: not known yet */
-	u64 net_rx_since;
-	u64 net_rx_runs;
-	u64 net_rx_ns;
-	u64 net_rx_max_ns;
 	u32 seq;
 	u32 sample_nr;
 	u32 switches;
@@ -157,7 +162,7 @@ struct cpu_state {
 	u32 napi_work;
 	u32 napi_budget;
 	char napi_name[COMM_LEN];
-	u64 reserved[6];
+	u64 reserved[3];
 };
 
 /* One element, written by user space. threshold_ns 0: record nothing. */

@@ -10,29 +10,18 @@
 int handle_softirq_raise(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
-	struct watch_config *cfg = watch();
 	u32 vec = ctx->args[0];
 
-	if (!st || !cfg || vec >= VEC_COUNT)
+	if (!st || vec >= VEC_COUNT)
 		return 0;
-	if (st->raised[vec] || !((cfg->vec_mask | VEC_NOW_MASK) & (1U << vec)))
+	if (st->raised[vec] || !(st->timed_mask >> vec & 1))
 		return 0;
 	st->raised[vec] = bpf_ktime_get_ns();
 	return 0;
 }
 
-#ifndef NET_RX_ACTION_TRACED
-static __always_inline void net_rx_enter(struct cpu_state *st, u64 now)
+static __always_inline void net_rx_left(struct cpu_state *st, u64 took)
 {
-	st->net_rx_since = now;
-}
-#endif
-
-static __always_inline void net_rx_leave(struct cpu_state *st, u64 now)
-{
-	u64 took = age(st->net_rx_since, now);
-
-	st->net_rx_since = 0;
 	st->net_rx_runs++;
 	st->net_rx_ns += took;
 	if (took > st->net_rx_max_ns)
@@ -42,12 +31,12 @@ static __always_inline void net_rx_leave(struct cpu_state *st, u64 now)
 int handle_softirq_entry(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
-	struct watch_config *cfg = watch();
+	struct watch_config *cfg;
 	struct waiter *ksoftirqd;
 	u32 vec = ctx->args[0];
 	u64 now, wait;
 
-	if (!st || !cfg || vec >= VEC_COUNT)
+	if (!st || vec >= VEC_COUNT)
 		return 0;
 	now = bpf_ktime_get_ns();
 	wait = age(st->raised[vec], now);
@@ -55,10 +44,6 @@ int handle_softirq_entry(struct bpf_raw_tracepoint_args *ctx)
 	st->raised[vec] = 0;
 	st->serving_since = now;
 	st->serving = vec + 1;
-#ifndef NET_RX_ACTION_TRACED
-	if (vec == VEC_NET_RX)
-		net_rx_enter(st, now);
-#endif
 	ksoftirqd = &st->waiters[KSOFTIRQD];
 	if (!ksoftirqd->task && ksoftirqd->pid == (u32)bpf_get_current_pid_tgid())
 		/* No task iterator told: it shows itself when it works. */
@@ -67,7 +52,10 @@ int handle_softirq_entry(struct bpf_raw_tracepoint_args *ctx)
 	    !st->raised[VEC_TASKLET] && bpf_get_current_task() != ksoftirqd->task)
 		st->inline_served++;
 
-	if (!cfg->threshold_ns || wait < cfg->threshold_ns || !(cfg->vec_mask & (1U << vec)))
+	if (wait < st->threshold_ns || !(st->vec_mask >> vec & 1))
+		return 0;
+	cfg = watch();
+	if (!cfg || !cfg->threshold_ns)
 		return 0;
 	begin(st, cfg, now - wait, now);
 	if (wait > st->waited_ns[vec])
@@ -104,7 +92,7 @@ int handle_softirq_exit(struct bpf_raw_tracepoint_args *ctx)
 	st->serving = 0;
 #ifndef NET_RX_ACTION_TRACED
 	if ((u32)ctx->args[0] == VEC_NET_RX)
-		net_rx_leave(st, bpf_ktime_get_ns());
+		net_rx_left(st, bpf_ktime_get_ns() - st->serving_since);
 #endif
 	if (!st->active)
 		return 0;
@@ -125,8 +113,10 @@ static __always_inline int net_rx_action_left(void)
 {
 	struct cpu_state *st = this_cpu_state();
 
-	if (st)
-		net_rx_leave(st, bpf_ktime_get_ns());
+	if (!st || !st->net_rx_since)
+		return 0;
+	net_rx_left(st, bpf_ktime_get_ns() - st->net_rx_since);
+	st->net_rx_since = 0;
 	return 0;
 }
 #endif

@@ -188,6 +188,15 @@ static __always_inline u64 softnet_counters(struct cpu_state *st, struct watch_c
 	return counters;
 }
 
+static __always_inline u64 net_rx_so_far(struct cpu_state *st, u64 now)
+{
+#ifdef NET_RX_ACTION_TRACED
+	return st->net_rx_ns + age(st->net_rx_since, now);
+#else
+	return st->net_rx_ns + (st->serving == VEC_NET_RX + 1 ? service_age(st, now) : 0);
+#endif
+}
+
 static __always_inline void fill_waits(struct stall_record *rec, struct cpu_state *st, u32 type,
 				       u64 now)
 {
@@ -249,7 +258,7 @@ static __always_inline void emit(void *ctx, struct cpu_state *st, struct watch_c
 	rec->started_ns = st->started_ns;
 	rec->late_ns = st->late_ns;
 	rec->steal_ns = steal_clock(st, cfg);
-	rec->net_rx_ns = st->net_rx_ns + age(st->net_rx_since, now);
+	rec->net_rx_ns = net_rx_so_far(st, now);
 	rec->net_rx_runs = st->net_rx_runs;
 	softnet = softnet_counters(st, cfg);
 	rec->processed = softnet;

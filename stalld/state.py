@@ -13,6 +13,8 @@ from typing import NamedTuple, TypeVar
 
 from stalld.records import COMM_LEN, VECTORS, WAITERS
 
+TIMED_ALWAYS = sum(1 << VECTORS.index(name) for name in ("HI", "TASKLET"))
+
 _Structure = TypeVar("_Structure", bound=ctypes.Structure)
 
 
@@ -38,7 +40,14 @@ class CpuState(ctypes.Structure):
         ("running_pid", ctypes.c_uint32),
         ("serving", ctypes.c_uint32),
         ("serving_since", ctypes.c_uint64),
+        ("threshold_ns", ctypes.c_uint64),
+        ("vec_mask", ctypes.c_uint32),
+        ("timed_mask", ctypes.c_uint32),
+        ("net_rx_runs", ctypes.c_uint64),
+        ("net_rx_ns", ctypes.c_uint64),
         ("raised", ctypes.c_uint64 * len(VECTORS)),
+        ("net_rx_since", ctypes.c_uint64),
+        ("net_rx_max_ns", ctypes.c_uint64),
         ("waiters", Waiter * WAITERS),
         ("started_ns", ctypes.c_uint64),
         ("next_sample_ns", ctypes.c_uint64),
@@ -50,11 +59,8 @@ class CpuState(ctypes.Structure):
         ("window_ns", ctypes.c_uint64),
         ("suppressed_ns", ctypes.c_uint64),
         ("last_tick_ns", ctypes.c_uint64),
+        ("last_lookback_ns", ctypes.c_uint64),
         ("tick_timer", ctypes.c_uint64),
-        ("net_rx_since", ctypes.c_uint64),
-        ("net_rx_runs", ctypes.c_uint64),
-        ("net_rx_ns", ctypes.c_uint64),
-        ("net_rx_max_ns", ctypes.c_uint64),
         ("seq", ctypes.c_uint32),
         ("sample_nr", ctypes.c_uint32),
         ("switches", ctypes.c_uint32),
@@ -76,7 +82,7 @@ class CpuState(ctypes.Structure):
         ("napi_work", ctypes.c_uint32),
         ("napi_budget", ctypes.c_uint32),
         ("napi_name", ctypes.c_char * COMM_LEN),
-        ("reserved", ctypes.c_uint64 * 6),
+        ("reserved", ctypes.c_uint64 * 3),
     )
 
 
@@ -133,6 +139,11 @@ class Maps:
                 setattr(self.config, name, value)
             else:
                 getattr(self.config, name)[:] = value
+        for state in self.cpus:
+            state.vec_mask = self.config.vec_mask
+            # Those served at once by any kernel tell how it serves the others.
+            state.timed_mask = self.config.vec_mask | TIMED_ALWAYS
+            state.threshold_ns = threshold_ns
         self.config.threshold_ns = threshold_ns
 
     def stop(self) -> None:
