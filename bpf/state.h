@@ -8,8 +8,8 @@
  */
 #define PF_KTHREAD 0x00200000
 #define NSEC_PER_SEC 1000000000ULL
-/* A stall over the limit of its second is told after all from this many thresholds. */
-#define UNMUTE_FACTOR 10
+/* A stall over the limit of its second is told after all from this many thresholds on. */
+#define SERIOUS_FACTOR 10
 
 BPF_F_TABLE("array", u32, struct cpu_state, cpus, NR_CPUS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct watch_config, config, 1, BPF_F_MMAPABLE);

@@ -76,7 +76,7 @@ int handle_hrtimer_expire(struct bpf_raw_tracepoint_args *ctx)
 			tick_lateness(st, false, now);
 		if (late >= cfg->threshold_ns)
 			st->late_ns = max_u63(st->late_ns, late);
-		if (oldest >= UNMUTE_FACTOR * cfg->threshold_ns)
+		if (oldest >= SERIOUS_FACTOR * cfg->threshold_ns)
 			st->muted = 0;
 		if (service_age(st, now) >= cfg->threshold_ns)
 			st->napi_wanted = 1;

@@ -14,7 +14,7 @@ from stalld.rings import Napi
 from stalld.track.evidence import path
 from stalld.track.fold import Reason, Suppressed
 from stalld.track.hints import hint
-from stalld.track.model import Blocker, Handler, Net, Update
+from stalld.track.model import SERIOUS_FACTOR, Blocker, Handler, Net, Update
 
 SCHEMA = "softirq-stalld/1"
 
@@ -23,8 +23,6 @@ Event = dict[str, Any]
 # include/uapi/linux/sched.h
 _POLICIES = {0: "other", 1: "fifo", 2: "rr", 3: "batch", 5: "idle", 6: "deadline", 7: "ext"}
 
-ERROR_FACTOR = 10
-"""A starved vector is an error from this many times the threshold."""
 LOOKBACK_FRAMES = 12
 """Innermost frames of a look-back stack: journald cuts lines at 48 KiB."""
 
@@ -55,7 +53,7 @@ def stall_level(update: Update, threshold_ns: int) -> str:
     longest = max(starved, default=0)
     if not longest:
         return "info"
-    return "error" if longest >= ERROR_FACTOR * threshold_ns else "warning"
+    return "error" if longest >= SERIOUS_FACTOR * threshold_ns else "warning"
 
 
 def stall(

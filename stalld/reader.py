@@ -12,20 +12,38 @@ in two shares, and each share is read from a CPU of the other
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import select
+import struct
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
+from stalld import perf
 from stalld.errors import StalldError
 
 PAGES_PER_CPU = 32
 """128 KiB per CPU: some 90 of the largest records."""
 
-_SAMPLE_FN = ctypes.CFUNCTYPE(
-    None, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_char), ctypes.c_uint32
-)
+# libbpf's perf_buffer_event_fn, and its answer "go on" (LIBBPF_PERF_EVENT_CONT).
+_EVENT_FN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+_CONTINUE = -2
+# struct perf_event_header (type, misc, size), and of a sample the size of its raw data.
+_SAMPLE = struct.Struct("=IHHI")
+
+
+class _RawOpts(ctypes.Structure):
+    """``struct perf_buffer_raw_opts``."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("cpu_cnt", ctypes.c_int),
+        ("cpus", ctypes.POINTER(ctypes.c_int)),
+        ("map_keys", ctypes.POINTER(ctypes.c_int)),
+    )
 
 
 def libbpf() -> ctypes.CDLL:
@@ -40,25 +58,31 @@ def libbpf() -> ctypes.CDLL:
         raise StalldError(
             f"cannot load libbpf.so.1: {error}; install the package libbpf1"
         ) from error
-    lib.perf_buffer__new.restype = ctypes.c_void_p
-    lib.perf_buffer__new.argtypes = [
+    lib.perf_buffer__new_raw.restype = ctypes.c_void_p
+    lib.perf_buffer__new_raw.argtypes = [
         ctypes.c_int,
         ctypes.c_size_t,
-        _SAMPLE_FN,
+        ctypes.c_char_p,
+        _EVENT_FN,
         ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
+        ctypes.POINTER(_RawOpts),
     ]
-    lib.perf_buffer__buffer_cnt.argtypes = [ctypes.c_void_p]
-    lib.perf_buffer__buffer_cnt.restype = ctypes.c_size_t
     lib.perf_buffer__buffer_fd.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     lib.perf_buffer__consume_buffer.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     lib.perf_buffer__free.argtypes = [ctypes.c_void_p]
+    lib.bpf_map_delete_elem.argtypes = [ctypes.c_int, ctypes.c_void_p]
     return lib
 
 
+class Changed(NamedTuple):
+    """CPUs whose buffer was opened, for the first time or again, and those that have none now."""
+
+    gained: frozenset[int] = frozenset()
+    lost: frozenset[int] = frozenset()
+
+
 class PerfReader:
-    """Perf buffers of all online CPUs.
+    """Perf buffers of all online CPUs, each opened and closed by itself.
 
     Args:
         map_fd: descriptor of the BPF_MAP_TYPE_PERF_EVENT_ARRAY.
@@ -77,42 +101,67 @@ class PerfReader:
         pages: int = PAGES_PER_CPU,
     ) -> None:
         self._lib = libbpf()
+        self._map_fd = map_fd
         self._on_record = on_record
+        self._pages = pages
         self.lock = threading.RLock()
         self._errors: list[Exception] = []
+        self._buffers: dict[int, int] = {}  # CPU -> struct perf_buffer *
         # libbpf keeps the callback's address, so we keep the callback.
-        self._sample = _SAMPLE_FN(self._sampled)
-        self._buffer = self._lib.perf_buffer__new(map_fd, pages, self._sample, None, None, None)
-        if not self._buffer:
-            reason = os.strerror(ctypes.get_errno())
-            raise StalldError(
-                f"cannot open the perf buffers: {reason}; CAP_PERFMON and "
-                f"{pages * 4 + 4} KiB of locked memory per CPU are needed "
-                "(ulimit -l, kernel.perf_event_mlock_kb)"
-            )
-        # libbpf opens one buffer for each CPU that is online, in their order.
-        count = self._lib.perf_buffer__buffer_cnt(self._buffer)
-        self.cpus = tuple(online_cpus())[:count]
+        self._event = _EVENT_FN(self._take)
+        try:
+            self.refresh(online_cpus())
+        except StalldError:
+            self.close()
+            raise
+
+    @property
+    def cpus(self) -> tuple[int, ...]:
+        """Whose buffers there are."""
+        return tuple(sorted(self._buffers))
 
     def fd(self, cpu: int) -> int:
         """The descriptor that is readable when a record of ``cpu`` waits."""
-        return int(self._lib.perf_buffer__buffer_fd(self._buffer, self.cpus.index(cpu)))
+        return int(self._lib.perf_buffer__buffer_fd(self._buffers[cpu], 0))
+
+    def refresh(self, cpus: Iterable[int], suspects: Container[int] = ()) -> Changed:
+        """Have buffers of these CPUs from now on; no record in a buffer that goes is lost.
+
+        Descriptors of buffers that go are closed: nobody may wait on them any more.
+
+        Args:
+            cpus: those online. One that has gone meanwhile is passed over.
+            suspects: those among them that may have been offline since the last call: the
+                kernel has detached such a CPU's buffer for good, which is found out here.
+
+        Raises:
+            StalldError: a buffer cannot be opened; all others are there.
+        """
+        wanted = set(cpus)
+        with self.lock:
+            before = set(self._buffers)
+            for cpu in before:
+                if cpu not in wanted or (cpu in suspects and perf.detached(self.fd(cpu))):
+                    self._drop(cpu)
+            kept = set(self._buffers)
+            for cpu in sorted(wanted - kept):
+                self._open(cpu)
+            now = set(self._buffers)
+        return Changed(frozenset(now - kept), frozenset(before - now))
 
     def consume(self, cpus: Iterable[int] | None = None) -> None:
         """Hand over every record that waits; returns at once when none does.
+
+        Args:
+            cpus: whose; None for all. Those without a buffer are passed over.
 
         Raises:
             Exception: whatever a callback raised, once all are handed over.
         """
         with self.lock:
-            if self._buffer is None:
-                raise StalldError("the perf buffers are closed")
             for cpu in self.cpus if cpus is None else cpus:
-                status = self._lib.perf_buffer__consume_buffer(self._buffer, self.cpus.index(cpu))
-                if status < 0:
-                    raise StalldError(
-                        f"reading the perf buffer of CPU {cpu}: {os.strerror(-status)}"
-                    )
+                if cpu in self._buffers:
+                    self._consume(cpu)
             if self._errors:
                 error = self._errors[0]
                 self._errors.clear()
@@ -120,19 +169,58 @@ class PerfReader:
 
     def close(self) -> None:
         """Close and unmap the buffers."""
-        if self._buffer:
-            self._lib.perf_buffer__free(self._buffer)
-            self._buffer = None
+        while self._buffers:
+            self._lib.perf_buffer__free(self._buffers.popitem()[1])
+
+    def _open(self, cpu: int) -> None:
+        attr = perf.attribute(
+            perf.TYPE_SOFTWARE,
+            perf.SW_BPF_OUTPUT,
+            period=1,
+            sample_type=perf.SAMPLE_RAW,
+            wakeup=1,
+        )
+        number = ctypes.c_int(cpu)
+        opts = _RawOpts(ctypes.sizeof(_RawOpts), 1, ctypes.pointer(number), ctypes.pointer(number))
+        buffer = self._lib.perf_buffer__new_raw(
+            self._map_fd, self._pages, attr, self._event, None, ctypes.byref(opts)
+        )
+        if buffer:
+            self._buffers[cpu] = buffer
+            return
+        code = ctypes.get_errno()
+        if code == errno.ENODEV:
+            return  # It has gone offline meanwhile.
+        raise StalldError(
+            f"cannot open the perf buffer of CPU {cpu}: {os.strerror(code)}; CAP_PERFMON, "
+            f"{self._pages * 4 + 4} KiB of locked memory (ulimit -l, kernel.perf_event_mlock_kb) "
+            "and 2 descriptors (ulimit -n) per CPU are needed"
+        )
+
+    def _drop(self, cpu: int) -> None:
+        # Out of the map first: a record that comes yet is counted as lost, not lost unseen.
+        self._lib.bpf_map_delete_elem(self._map_fd, ctypes.byref(ctypes.c_int(cpu)))
+        try:
+            self._consume(cpu)
+        except StalldError as error:
+            self._errors.append(error)
+        self._lib.perf_buffer__free(self._buffers.pop(cpu))
+
+    def _consume(self, cpu: int) -> None:
+        status = self._lib.perf_buffer__consume_buffer(self._buffers[cpu], 0)
+        if status < 0:
+            raise StalldError(f"reading the perf buffer of CPU {cpu}: {os.strerror(-status)}")
 
     # An exception cannot cross the C frames of libbpf: keep it for consume().
 
-    def _sampled(
-        self, _: object, cpu: int, data: ctypes._Pointer[ctypes.c_char], size: int
-    ) -> None:
+    def _take(self, _: object, cpu: int, event: int) -> int:
         try:
-            self._on_record(ctypes.string_at(data, size))
+            kind, _misc, _size, raw = _SAMPLE.unpack(ctypes.string_at(event, _SAMPLE.size))
+            if kind == perf.RECORD_SAMPLE:
+                self._on_record(ctypes.string_at(event + _SAMPLE.size, raw))
         except Exception as error:  # noqa: BLE001 - consume() raises it again
             self._errors.append(error)
+        return _CONTINUE
 
 
 class ReaderThread:
@@ -170,24 +258,31 @@ class ReaderThread:
 
     def _run(self) -> None:
         try:
-            os.sched_setaffinity(0, self._run_on)
+            with suppress(OSError):
+                # Without any of them online the kernel chooses.
+                os.sched_setaffinity(0, self._run_on)
             with select.epoll() as epoll:
                 for fd in (self._stop, *self._cpu_of):
                     epoll.register(fd, select.EPOLLIN)
-                while True:
-                    ready = [fd for fd, _ in epoll.poll()]
-                    if self._stop in ready:
-                        return
+                # Registering takes the news of what waits already.
+                ready = list(self._cpu_of)
+                while self._stop not in ready:
                     self._reader.consume([self._cpu_of[fd] for fd in ready])
                     self._on_read()
+                    ready = [fd for fd, _ in epoll.poll()]
         except Exception as error:  # noqa: BLE001 - the event loop raises it again
             self._on_error(error)
 
 
 def online_cpus(path: str = "/sys/devices/system/cpu/online") -> list[int]:
+    """The CPUs that are online, as numbers."""
+    return cpu_list(Path(path).read_text())
+
+
+def cpu_list(text: str) -> list[int]:
     """CPU numbers from a kernel list such as ``0-3,5``."""
     cpus: list[int] = []
-    for part in Path(path).read_text().strip().split(","):
+    for part in text.strip().split(","):
         first, _, last = part.partition("-")
         cpus.extend(range(int(first), int(last or first) + 1))
     return cpus

@@ -1,6 +1,6 @@
 """What appears in and leaves kernel text after start: BPF programs, trampolines, probe pages.
 
-The kernel announces each one as PERFperf.RECORD_KSYMBOL (5.1, commit 76193a94522f; trampolines and
+The kernel announces each one as PERF_RECORD_KSYMBOL (5.1, commit 76193a94522f; trampolines and
 ftrace and kprobe pages since 5.9, commit 69e49088692c) to every perf event that asks for it, on
 the CPU where it happens. One dummy event per CPU with a small ring is enough; nobody waits on
 them: the rings are looked at when a stack holds an address that is not core kernel text. That
@@ -250,5 +250,5 @@ def _explain(error: OSError) -> str:
             "(LimitMEMLOCK=, kernel.perf_event_mlock_kb)"
         )
     if error.errno in (errno.EINVAL, errno.E2BIG):
-        return f"{reason}: this kernel has no PERFperf.RECORD_KSYMBOL (it came with 5.1)"
+        return f"{reason}: this kernel has no PERF_RECORD_KSYMBOL (it came with 5.1)"
     return reason

@@ -118,6 +118,6 @@ def possible_cpus(path: str = "/sys/devices/system/cpu/possible") -> int:
     return int(last) + 1
 
 
-def load_probes() -> ProbeChild:
-    """Start the child for this host."""
-    return ProbeChild(Request(possible_cpus(), str(bpf_directory()), VMLINUX_BTF))
+def load_probes(nmi: str = "auto") -> ProbeChild:
+    """Start the child for this host; ``nmi``: see :class:`Request`."""
+    return ProbeChild(Request(possible_cpus(), str(bpf_directory()), VMLINUX_BTF, nmi=nmi))

@@ -9,6 +9,7 @@ headers serve, which bcc finds by itself.
 from __future__ import annotations
 
 import os
+import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,6 +115,8 @@ def structs(btf: Btf) -> str:
     for name, wanted in FIELDS.items():
         fields = [btf.field(name, *names) for names in wanted]
         parts.append(declare(name, fields))
+    if platform.machine() == "x86_64":
+        parts.append(declare("pt_regs", [btf.field("pt_regs", "flags")]))
     return "\n".join(parts) + "\n"
 
 

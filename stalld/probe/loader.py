@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ SOURCES = (
     "lookback.c",
     "tick.c",
     "napi.c",
+    "nmi.c",
     "hotplug.c",
     "tasks.c",
 )
@@ -59,6 +61,11 @@ OPTIONAL = {
     "has no device",
 }
 """Hooks the service can do without, and what that means."""
+
+NMI_SAMPLER = "NMI sampler"
+NO_NMI = (
+    "of a stall with interrupts off the stack is that of the moment they were enabled again"
+)
 
 MAPS = ("cpus", "config", "events", "watched", "rings", "napis")
 
@@ -126,6 +133,24 @@ def open_btf(path: str) -> Btf | None:
     return Btf(path)
 
 
+def _nmi_sampler(request: Request, btf: Btf | None, missing: list[Missing]) -> bool:
+    """Whether to load its program; the daemon opens the counters and attaches it."""
+    if request.nmi == "never":
+        return False
+    devices = Path("/sys/bus/event_source/devices")
+    # A hybrid processor has one device for each kind of core.
+    pmu = any((devices / name).exists() for name in ("cpu", "cpu_core"))
+    if platform.machine() != "x86_64":
+        reason = f"not written for {platform.machine()}"
+    elif not pmu and request.nmi != "always":
+        reason = "no hardware counter of cycles (PMU) on this machine"
+    else:
+        return True
+    missing[:] = [m for m in missing if m.ability != NMI_SAMPLER]
+    missing.append(Missing(NMI_SAMPLER, reason, NO_NMI))
+    return False
+
+
 def percpu_places(btf: Btf) -> dict[str, int]:
     """See :class:`Description`; what the kernel does not have is left out.
 
@@ -171,6 +196,9 @@ def _build(
         "-O1",
         "-Wno-duplicate-decl-specifier",
     ]
+    nmi = _nmi_sampler(request, btf, missing)
+    if nmi:
+        flags.append("-DSTALLD_NMI")
     if how != "softirq":
         flags += ["-DNET_RX_ACTION_TRACED", f"-DNET_RX_ACTION_{how.upper()}"]
     try:
@@ -188,6 +216,8 @@ def _build(
         fds |= _attach_net_rx_action(bpf, how, attached)
     if btf is not None:
         fds["iter:task"] = _task_iterator(bpf, attached, missing)
+    if nmi:
+        fds["prog:nmi"] = os.dup(_load_program(bpf, "handle_nmi", bpf.PERF_EVENT, "the NMI").fd)
     for hook in request.hooks or PROGRAMS:
         fd = _attach_raw_tracepoint(bpf, hook, PROGRAMS.get(hook, ""), missing)
         if fd is not None:

@@ -29,12 +29,15 @@ class Request:
         bpf_dir: where the C sources are.
         btf_path: the kernel's BTF.
         hooks: raw tracepoints to attach; empty for all.
+        nmi: load the NMI sampler's program: ``auto``: where a counter exists,
+            ``never``, or ``always``.
     """
 
     cpus: int
     bpf_dir: str
     btf_path: str
     hooks: list[str] = field(default_factory=list)
+    nmi: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Missing:
 class Description:
     """What was attached; ``fds`` names the descriptors in the order sent.
 
-    Names are ``map:NAME``, ``link:HOOK`` and ``iter:task``. ``net_rx_action``
+    Names are ``map:NAME``, ``link:HOOK``, ``iter:task`` and ``prog:nmi``. ``net_rx_action``
     is ``kfunc``, ``kprobe`` or ``softirq`` (entry and exit of NET_RX stand in).
     ``percpu`` tells where things are relative to the hrtimer of the CPU's tick:
     ``steal``, ``cpustat`` and ``softnet``, as far as the kernel has them.

@@ -16,14 +16,16 @@ def safe(value: object) -> str:
 def render(event: Mapping[str, Any]) -> str:
     """One event as one or more lines, without the last newline."""
     head = f"{event['timestamp']} {event['level']:<7} {event['event']}"
-    if event["event"] != "stall":
-        rest = " ".join(
-            f"{key}={safe(value)}"
-            for key, value in event.items()
-            if key not in ("timestamp", "level", "event", "schema", "host")
-        )
-        return f"{head} {rest}".rstrip()
-    return "\n".join([head + _summary(event), *_details(event)])
+    if event["event"] == "stall":
+        return "\n".join([head + _summary(event), *_details(event)])
+    if event["event"] == "suppressed":
+        return "\n".join([head + _suppressed(event), *_frames(event["stack"])])
+    rest = " ".join(
+        f"{key}={safe(value)}"
+        for key, value in event.items()
+        if key not in ("timestamp", "level", "event", "schema", "host")
+    )
+    return f"{head} {rest}".rstrip()
 
 
 def _summary(event: Mapping[str, Any]) -> str:
@@ -35,20 +37,44 @@ def _summary(event: Mapping[str, Any]) -> str:
     )
 
 
+def _suppressed(event: Mapping[str, Any]) -> str:
+    cpus = ", ".join(map(str, event["cpus"]))
+    whose = f" of {safe(event['blocker']['comm'])}" if event["blocker"] else ""
+    return (
+        f" cpu {cpus}: {event['count']} more stalls{whose}, {event['total_ms']:.1f} ms in all "
+        f"({event['reason']})"
+    )
+
+
 def _details(event: Mapping[str, Any]) -> list[str]:
     lines = []
-    blocker, ksoftirqd = event["blocker"], event["ksoftirqd"]
+    blocker, handler, evidence = event["blocker"], event["handler"], event["evidence"]
     if blocker:
+        priority = f" {blocker['rt_priority']}" if blocker["rt_priority"] is not None else ""
         lines.append(
             f"    {safe(blocker['comm'])} pid {blocker['pid']} tid {blocker['tid']} "
-            f"in {blocker['mode'] or 'unknown'} mode, policy {blocker['policy']}"
+            f"in {blocker['mode'] or 'unknown'} mode, policy {blocker['policy']}{priority}"
         )
-    if ksoftirqd:
+    waiting = [{"comm": "ksoftirqd", **event["ksoftirqd"]}] if event["ksoftirqd"] else []
+    for thread in (*waiting, *event["waiting"]):
         lines.append(
-            f"    ksoftirqd pid {ksoftirqd['pid']} waited {ksoftirqd['runnable_ms']:.1f} ms"
+            f"    {safe(thread['comm'])} pid {thread['pid']} waited {thread['runnable_ms']:.1f} ms"
         )
-    frames = event["stack"]["kernel"]
-    lines += [f"      {safe(frame)}" for frame in frames[:TOP_FRAMES]]
+    if handler:
+        device = f", polling {safe(handler['device'])}" if handler["device"] else ""
+        lines.append(f"    the {handler['vector']} handler ran {handler['service_ms']:.1f} ms{device}")
+    if evidence["late_ms"]:
+        lines.append(f"    the timer interrupt came {evidence['late_ms']:.1f} ms late")
+    if evidence["stolen_ms"] and evidence["stolen_ms"] >= 1:
+        lines.append(f"    the hypervisor took {evidence['stolen_ms']:.1f} ms")
+    lines += _frames(event["stack"]["kernel"], " (after)" * (event["stack"]["captured"] == "after"))
+    if event["hint"]:
+        lines.append(f"    hint: {event['hint']}")
+    return lines
+
+
+def _frames(frames: list[str], note: str = "") -> list[str]:
+    lines = [f"      {safe(frame)}{note}" for frame in frames[:TOP_FRAMES]]
     if len(frames) > TOP_FRAMES:
         lines.append(f"      … {len(frames) - TOP_FRAMES} more")
     return lines

@@ -13,14 +13,12 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from stalld.track.evidence import path
-from stalld.track.model import Blocker, Phase, Update
+from stalld.track.model import SERIOUS_FACTOR, Blocker, Phase, Update
 from stalld.track.verdict import Verdict
 
 MINUTE_NS = 60_000_000_000
 MAX_KEYS = 1024
 """Kinds of stalls known at a time."""
-IMPORTANT_FACTOR = 10
-"""A stall or a starved wait from this many times the threshold is always shown."""
 OUTSTANDING_FACTOR = 4
 """So is a stall this many times longer than any of its kind that was shown."""
 
@@ -161,7 +159,7 @@ class Folder:
             return True  # its key has changed to one of which nothing was shown
         longest_ns = max(update.duration_ns, _starved_ns(update))
         return (
-            longest_ns >= IMPORTANT_FACTOR * self.threshold_ns
+            longest_ns >= SERIOUS_FACTOR * self.threshold_ns
             or update.duration_ns >= OUTSTANDING_FACTOR * max(1, minute.longest_shown_ns)
         )
 

@@ -11,6 +11,10 @@ from stalld.rings import Napi
 from stalld.track.verdict import Verdict
 
 
+SERIOUS_FACTOR = 10
+"""From this many thresholds on a stall is an error, and no limit hides it (``bpf/state.h``)."""
+
+
 class Observation(NamedTuple):
     """A record and what its kernel stack says (see ``enrich.stack``).
 

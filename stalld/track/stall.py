@@ -12,13 +12,13 @@ from stalld.records import LOOKBACK_SAMPLES, VECTORS, RecordType, Source
 from stalld.state import StallState
 from stalld.track import evidence
 from stalld.track.gather import Stall
-from stalld.track.model import Ended, Host, Observation, Phase, Update
+from stalld.track.model import SERIOUS_FACTOR, Ended, Host, Observation, Phase, Update
 from stalld.track.verdict import decide
 
 MAX_ONGOING = 4
 """``ongoing`` updates of one stall."""
 ONGOING_GROWTH = 4
-"""A further one when the stall is this many times longer than at the last."""
+"""A further one when the stall is this many times longer than at the last, or serious."""
 CLOSE_GRACE_NS = 200_000_000
 """How long to wait for a closing record once the kernel says the stall is over."""
 
@@ -114,7 +114,9 @@ class Tracker:
     def _worth_a_line(self, stall: Stall) -> bool:
         if stall.ongoing >= MAX_ONGOING:
             return False
-        return not stall.ongoing or stall.duration_ns >= ONGOING_GROWTH * stall.reported_ns
+        grown = stall.duration_ns >= ONGOING_GROWTH * stall.reported_ns
+        serious_ns = SERIOUS_FACTOR * self.threshold_ns
+        return not stall.ongoing or grown or stall.reported_ns < serious_ns <= stall.duration_ns
 
     def _resolve(self, stall: Stall, ended: Ended, end_ns: int, next_ns: int) -> Update:
         del self._open[stall.cpu]
