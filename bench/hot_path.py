@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -27,9 +28,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from stalld.probe.btf import VMLINUX_BTF
 from stalld.probe.headers import write_tree
 from stalld.probe.loader import HOOKS, PROGRAMS, open_btf
-from stalld.probe.btf import VMLINUX_BTF
 
 HERE = Path(__file__).parents[1]
 _BPF_STATS_RUN_TIME = 0
@@ -122,6 +123,7 @@ def load(seconds: float) -> None:
         ["taskset", "-c", str(CPU), "perf", "bench", "sched", "pipe", "-l", "100000000"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     affinity = os.sched_getaffinity(0)
     try:
@@ -133,7 +135,8 @@ def load(seconds: float) -> None:
                 time.sleep(0.005)
     finally:
         os.sched_setaffinity(0, affinity)
-        pipe.kill()
+        # perf has a partner, which would wait for it for good.
+        os.killpg(pipe.pid, signal.SIGKILL)
         pipe.wait()
 
 

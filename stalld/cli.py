@@ -8,12 +8,13 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TextIO
 
 from stalld import __version__
-from stalld.errors import StalldError, UsageError
-
-MAX_THRESHOLD_MS = 60_000.0
+from stalld.config import DEFAULT_PATH, MAX_THRESHOLD_MS, Settings, load
+from stalld.errors import ConfigError, StalldError, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return int(arguments.command(arguments))
+    except ConfigError as error:
+        print(*(f"softirq-stalld: {line}" for line in error.args), sep="\n", file=sys.stderr)
+        return error.exit_code
     except StalldError as error:
         print(f"softirq-stalld: {error}", file=sys.stderr)
         return error.exit_code
@@ -41,11 +45,16 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="detect until stopped; events on standard output")
     run.add_argument(
+        "--config",
+        type=_path,
+        metavar="F",
+        help=f"the configuration file (default: {DEFAULT_PATH}, if there is one)",
+    )
+    run.add_argument(
         "--threshold-ms",
         type=_threshold_ms,
-        default=10.0,
         metavar="N",
-        help="how long softirq work may wait (default: 10)",
+        help="how long softirq work may wait (default: what the configuration says, else 10)",
     )
     run.add_argument(
         "--duration", type=_seconds, metavar="S", help="stop after S seconds (default: never)"
@@ -56,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     check = commands.add_parser("check", help="what this host supports and what degrades")
-    check.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    what = check.add_mutually_exclusive_group()
+    what.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    what.add_argument(
+        "--config", type=_path, metavar="F", help="check this configuration file, and nothing else"
+    )
     check.set_defaults(command=_check)
     return parser
 
@@ -75,7 +88,7 @@ def _threshold_ms(text: str) -> float:
     value = _number(text)
     if not 1 <= value <= MAX_THRESHOLD_MS:
         raise argparse.ArgumentTypeError(
-            f"{text} ms is out of range: 1 to {MAX_THRESHOLD_MS:.0f} ms make sense"
+            f"{text} ms is out of range: 1 to {MAX_THRESHOLD_MS} ms make sense"
         )
     return value
 
@@ -87,12 +100,27 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not the name of a file")
+    return Path(text)
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    """Command line over file over default."""
+    config = load(arguments.config)
+    if arguments.threshold_ms is not None:
+        config = replace(config, detect=replace(config.detect, threshold_ms=arguments.threshold_ms))
+    return Settings(config, arguments.duration)
+
+
 def _run(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
     # Imported here: `check` and usage errors need none of it.
     import structlog
     import uvloop
 
-    from stalld.service import Service, Settings
+    from stalld.service import Service
     from stalld.sinks.emitter import Emitter
 
     try:
@@ -108,7 +136,6 @@ def _run(arguments: argparse.Namespace) -> int:
             structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"]),
         ],
     )
-    settings = Settings(arguments.threshold_ms, arguments.duration)
 
     async def detect() -> None:
         await Service(settings, emitter, log).run()
@@ -129,6 +156,11 @@ def _let_go_of(stream: TextIO) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    if arguments.config is not None:
+        load(arguments.config)
+        name = os.fsencode(arguments.config).decode(errors="backslashreplace")
+        print(f"{name}: valid")
+        return 0
     from stalld.check import check, render
 
     report = check()

@@ -72,7 +72,7 @@ def _strings(allowed: str, fault: Callable[[str], str], *, distinct: bool = Fals
             raise ValueError(f"{_shown(items)} is not an array")
         said = [(i, fault(i) if isinstance(i, str) else "is not a string") for i in items]
         if distinct:
-            said += [(i, "is there twice") for n, i in enumerate(items) if items.index(i) < n]
+            said += [(i, "is there already") for n, i in enumerate(items) if items.index(i) < n]
         faults = [f"{_shown(item)} {what}" for item, what in said if what]
         if faults or (distinct and not items):
             raise ValueError(*faults or ["the array is empty"])
@@ -82,9 +82,10 @@ def _strings(allowed: str, fault: Callable[[str], str], *, distinct: bool = Fals
 
 
 def _vector_fault(name: str) -> str:
+    if name in VECTORS:
+        return ""
     meant = _closest(name.upper(), VECTORS)
-    hint = f" (did you mean {meant}?)" if meant else ""
-    return "" if name in VECTORS else f"is no softirq vector{hint}"
+    return "is no softirq vector" + (f" (did you mean {meant}?)" if meant else "")
 
 
 def _pattern_fault(pattern: str) -> str:
@@ -95,7 +96,9 @@ _SWITCH = Rule("true or false", _read_bool)
 _VECTORS = _strings(
     f"an array of one or more of {', '.join(VECTORS)}, none twice", _vector_fault, distinct=True
 )
-_PATTERNS = _strings("an array of shell-like patterns of 1 to 64 characters, or []", _pattern_fault)
+_PATTERNS = _strings(
+    "an array, maybe empty, of shell patterns of 1 to 64 characters", _pattern_fault
+)
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,21 @@ class Detect:
         "work that waits this many milliseconds is a stall",
     ] = 10.0
     vectors: Annotated[tuple[str, ...], _VECTORS, "the softirq vectors that are watched"] = tuple(
-        "HI TIMER NET_TX NET_RX BLOCK IRQ_POLL TASKLET HRTIMER".split()
+        name for name in VECTORS if name not in ("SCHED", "RCU")
     )
     kthreads: Annotated[
         tuple[str, ...],
         _PATTERNS,
         "kernel threads whose wait for a CPU is watched, by name; ksoftirqd/* always is",
-    ] = tuple("ksoftirqd/* ktimers/* napi/* backlog_napi/* watchdog/* migration/* irq/*".split())
+    ] = (
+        "ksoftirqd/*",
+        "ktimers/*",
+        "napi/*",
+        "backlog_napi/*",
+        "watchdog/*",
+        "migration/*",
+        "irq/*",
+    )
     max_samples: Annotated[
         int, _number(int, 1, 64), "at most so many stack samples are taken of one stall"
     ] = 16
@@ -123,13 +134,8 @@ class Detect:
         bool, _SWITCH, "a stack of every tick of a busy CPU is kept, to tell what ran before"
     ] = True
     nmi_sampler: Annotated[
-        bool, _SWITCH, "stacks are sampled by hardware cycles too, where there is a PMU"
+        bool, _SWITCH, "stacks are sampled while interrupts are off too, where there is a PMU"
     ] = True
-
-    @property
-    def watched_kthreads(self) -> tuple[str, ...]:
-        """``kthreads``, and ksoftirqd even if it is left out there."""
-        return tuple(dict.fromkeys(("ksoftirqd/*", *self.kthreads)))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ class Muted(NamedTuple):
     """Stalls of one CPU beyond its limit, all of them between two looks."""
 
     cpu: int
-    count: int
+    stalls: int
     total_ns: int
     since_ns: int
     until_ns: int

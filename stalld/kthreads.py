@@ -68,12 +68,17 @@ class Watched:
             if cpu is not None and cpu < len(self._maps.cpus):
                 found[cpu] = task.pid
                 self._learn_ksoftirqd(cpu, task)
+                # Where it belongs, also while that CPU is offline.
+                task = task._replace(cpu=cpu)
             elif not any(fnmatchcase(_text(task.comm), p) for p in self._patterns):
                 continue
             wanted[task.task] = task
         self._place(wanted)
-        self.names.clear()
-        self.names.update((task.pid, task.comm) for task in wanted.values())
+        names = {task.pid: task.comm for task in wanted.values()}
+        # Another thread may be naming a stall's waiters: no name goes away and comes back.
+        self.names.update(names)
+        for pid in self.names.keys() - names.keys():
+            del self.names[pid]
         return found
 
     def learn_pids(self, pids: dict[int, int]) -> None:
@@ -113,6 +118,7 @@ class Watched:
                 if known is None or known.pid != bucket.pid[place]:
                     bucket.task[place] = 0
                 else:
+                    bucket.cpu[place] = _cpu(known)
                     there.add(task)
         self.left_out = 0
         for pointer, task in wanted.items():
@@ -125,12 +131,14 @@ class Watched:
                 continue
             # The pointer last: the kernel looks at the others once it finds it.
             bucket.pid[free[0]] = task.pid
-            bucket.cpu[free[0]] = task.cpu if _stays(task) else CPU_ANY
+            bucket.cpu[free[0]] = _cpu(task)
             bucket.task[free[0]] = pointer
 
 
-def _stays(task: TaskEntry) -> bool:
-    return task.cpus_allowed == 1 and bool(task.flags & PF_NO_SETAFFINITY)
+def _cpu(task: TaskEntry) -> int:
+    """The CPU that a task is bound to, as far as that is for good."""
+    stays = task.cpus_allowed == 1 and task.flags & PF_NO_SETAFFINITY
+    return task.cpu if stays else CPU_ANY
 
 
 def _text(comm: bytes) -> str:

@@ -114,10 +114,10 @@ class Pipeline:
         kind = _KINDS[record.source]
         stack = self.symbols.trimmed(record.kernel_stack, kind)
         cut = self.symbols.format_stack(record.kernel_stack)[: stack.cut]
-        enabled = record.source is Source.ENTRY and any(f.partition("+0x")[0] in _BH_ENABLE for f in cut)
-        return Observation(
-            record, stack.mode, stack.frames, enabled, below(stack, record.tid)
+        enabled = record.source is Source.ENTRY and any(
+            f.partition("+0x")[0] in _BH_ENABLE for f in cut
         )
+        return Observation(record, stack.mode, stack.frames, enabled, below(stack, record.tid))
 
     def _emit(self, updates: list[Update]) -> None:
         for update in updates:
@@ -143,9 +143,7 @@ class Pipeline:
                 sampler=self._sampler,
                 names=self._names,
             )
-            self._emitter.emit(
-                "stall", events.stall_level(line, self.tracker.threshold_ns), event
-            )
+            self._emitter.emit("stall", events.stall_level(line, self.tracker.threshold_ns), event)
 
     def _stall_id(self, cpu: int, seq: int) -> str:
         return f"{self._id_prefix}-{cpu}-{seq}"

@@ -124,29 +124,39 @@ class PerfReader:
         """The descriptor that is readable when a record of ``cpu`` waits."""
         return int(self._lib.perf_buffer__buffer_fd(self._buffers[cpu], 0))
 
-    def refresh(self, cpus: Iterable[int], suspects: Container[int] = ()) -> Changed:
+    def detached(self, cpus: Iterable[int]) -> frozenset[int]:
+        """Those of these CPUs whose buffers are dead, as they have been offline meanwhile.
+
+        The kernel detaches the buffer of a CPU that goes offline for good. Asking after one
+        that lives interrupts its CPU.
+        """
+        return frozenset(
+            cpu for cpu in cpus if cpu in self._buffers and perf.detached(self.fd(cpu))
+        )
+
+    def refresh(self, cpus: Iterable[int], reopen: Container[int] = ()) -> Changed:
         """Have buffers of these CPUs from now on; no record in a buffer that goes is lost.
 
         Descriptors of buffers that go are closed: nobody may wait on them any more.
 
         Args:
             cpus: those online. One that has gone meanwhile is passed over.
-            suspects: those among them that may have been offline since the last call: the
-                kernel has detached such a CPU's buffer for good, which is found out here.
+            reopen: those among them whose buffers are dead.
 
         Raises:
-            StalldError: a buffer cannot be opened; all others are there.
+            StalldError: some buffers cannot be opened; all others are there.
         """
         wanted = set(cpus)
         with self.lock:
             before = set(self._buffers)
             for cpu in before:
-                if cpu not in wanted or (cpu in suspects and perf.detached(self.fd(cpu))):
+                if cpu not in wanted or cpu in reopen:
                     self._drop(cpu)
             kept = set(self._buffers)
-            for cpu in sorted(wanted - kept):
-                self._open(cpu)
+            failures = [error for cpu in sorted(wanted - kept) if (error := self._open(cpu))]
             now = set(self._buffers)
+        if failures:
+            raise StalldError(failures[0])
         return Changed(frozenset(now - kept), frozenset(before - now))
 
     def consume(self, cpus: Iterable[int] | None = None) -> None:
@@ -172,7 +182,8 @@ class PerfReader:
         while self._buffers:
             self._lib.perf_buffer__free(self._buffers.popitem()[1])
 
-    def _open(self, cpu: int) -> None:
+    def _open(self, cpu: int) -> str:
+        """What is wrong, if anything."""
         attr = perf.attribute(
             perf.TYPE_SOFTWARE,
             perf.SW_BPF_OUTPUT,
@@ -187,11 +198,11 @@ class PerfReader:
         )
         if buffer:
             self._buffers[cpu] = buffer
-            return
+            return ""
         code = ctypes.get_errno()
         if code == errno.ENODEV:
-            return  # It has gone offline meanwhile.
-        raise StalldError(
+            return ""  # It has gone offline meanwhile.
+        return (
             f"cannot open the perf buffer of CPU {cpu}: {os.strerror(code)}; CAP_PERFMON, "
             f"{self._pages * 4 + 4} KiB of locked memory (ulimit -l, kernel.perf_event_mlock_kb) "
             "and 2 descriptors (ulimit -n) per CPU are needed"

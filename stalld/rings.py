@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, overload
 
 from stalld.decode import TICK, decode_tick
 from stalld.records import COMM_LEN, LOOKBACK_SAMPLES, NAPI_SLOTS, TickSample
 from stalld.state import map_array
-
 
 # tick_ring.written and tick_sample.time_ns are one such word each.
 _WRITTEN = struct.Struct("=Q")
@@ -62,9 +61,11 @@ class Polled(NamedTuple):
     exhausted: int
 
 
-Napi = dict[tuple[int, bytes], Polled]
+Napi = Mapping[tuple[int, bytes], Polled]
 """(ifindex, name) → what was polled; (0, b"") is what found no place in the table."""
 BACKLOG = b"backlog"
+_UNTRACKED = (0, b"")
+_NONE = Polled(0, 0, 0)
 
 
 class Ticks(Sequence[TickSample]):
@@ -72,10 +73,10 @@ class Ticks(Sequence[TickSample]):
 
     def __init__(self, ring: bytes) -> None:
         self._ring = ring
-        (written,) = _WRITTEN.unpack_from(ring)
+        written = _word(ring, 0)
         places = map(_place, range(max(0, written - LOOKBACK_SAMPLES), written))
         # A sample's time is 0 while it is written.
-        self._places = [at for at in places if _WRITTEN.unpack_from(ring, at)[0]]
+        self._places = [at for at in places if _word(ring, at)]
 
     def __len__(self) -> int:
         return len(self._places)
@@ -97,6 +98,11 @@ def _place(number: int) -> int:
     return _WRITTEN.size + number % LOOKBACK_SAMPLES * TICK.size
 
 
+def _word(ring: bytes, at: int) -> int:
+    (value,) = _WRITTEN.unpack_from(ring, at)
+    return int(value)
+
+
 class Rings:
     """The ``rings`` and ``napis`` maps of all CPUs."""
 
@@ -111,31 +117,32 @@ class Rings:
         """
         ring = self._rings[cpu]
         while True:
+            written = ring.written
+            oldest = _place(written)
             copy = bytes(ring)
-            # The kernel writes over the oldest: if it began to meanwhile, once more.
-            oldest = _place(*_WRITTEN.unpack_from(copy))
+            # The kernel writes over the oldest: if it did meanwhile, or began to, once more.
+            # It counts a sample when that is complete, so the count is compared first.
+            same = ring.written == written
             now = ctypes.string_at(ctypes.addressof(ring) + oldest, _WRITTEN.size)
-            if now == copy[oldest : oldest + _WRITTEN.size]:
+            if same and now == copy[oldest : oldest + _WRITTEN.size]:
                 return Ticks(copy)
 
     def napi(self, cpu: int) -> Napi:
         """What ``cpu`` polled since the start."""
         table = self._napis[cpu]
-        found: Napi = {}
+        found: dict[tuple[int, bytes], Polled] = {}
         for slot in table.slots:
             if slot.napi:
                 # The queue of packets that other CPUs, or loopback, left has no device.
                 key = (slot.ifindex, bytes(slot.name) if slot.ifindex else BACKLOG)
-                found[key] = _sum(
-                    found.get(key), Polled(slot.polls, slot.packets, slot.exhausted)
-                )
+                found[key] = _sum(found.get(key), Polled(slot.polls, slot.packets, slot.exhausted))
         if table.untracked:
-            found[0, b""] = Polled(table.untracked, table.untracked_packets, 0)
+            found[_UNTRACKED] = Polled(table.untracked, table.untracked_packets, 0)
         return found
 
     def napi_totals(self) -> Napi:
         """What all CPUs polled since the start."""
-        found: Napi = {}
+        found: dict[tuple[int, bytes], Polled] = {}
         for cpu in range(len(self._napis)):
             for key, polled in self.napi(cpu).items():
                 found[key] = _sum(found.get(key), polled)
@@ -144,11 +151,19 @@ class Rings:
 
 def polled_since(before: Napi, now: Napi) -> Napi:
     """What was polled between two looks at one CPU."""
-    found: Napi = {}
+    found: dict[tuple[int, bytes], Polled] = {}
+    moved = _NONE
+    for key, old in before.items():
+        if now.get(key, _NONE).polls < old.polls:
+            # Its slot was given away, and what that had counted is among the rest now.
+            moved = _sum(moved, old)
     for key, polled in now.items():
-        old = before.get(key, Polled(0, 0, 0))
-        # A slot that was given away meanwhile began anew.
-        new = Polled(*(n - o if polled.polls >= old.polls else n for n, o in zip(polled, old)))
+        old = before.get(key, _NONE)
+        if polled.polls < old.polls:
+            old = _NONE
+        elif key == _UNTRACKED:
+            old = _sum(old, moved)
+        new = Polled(*(max(0, n - o) for n, o in zip(polled, old, strict=True)))
         if new.polls:
             found[key] = new
     return found

@@ -8,8 +8,8 @@ from stalld import __version__
 from stalld.check import host, kernel
 from stalld.check.probes import try_probes
 from stalld.check.report import Item, Report, State, render
+from stalld.detector import tick_ns
 from stalld.probe import capabilities
-from stalld.service import tick_ns
 
 __all__ = ["Item", "Report", "State", "check", "render"]
 

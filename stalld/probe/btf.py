@@ -132,7 +132,9 @@ class Btf:
             return None
         whole = self._type(section)
         raw = ctypes.string_at(whole.address, whole.vlen * _ENTRY.size)
-        offset = next((at for found, at, _ in _ENTRY.iter_unpack(raw) if found == variable_id), None)
+        offset = next(
+            (at for found, at, _ in _ENTRY.iter_unpack(raw) if found == variable_id), None
+        )
         type_id = self._type(variable_id).size_or_type
         for name in members:
             while self._type(type_id).kind in _MODIFIERS:

@@ -15,7 +15,7 @@ from stalld.probe.btf import Btf
 from stalld.probe.capabilities import require_bpf
 from stalld.probe.fentry import fentry_error
 from stalld.probe.headers import distribution_headers, write_tree
-from stalld.probe.protocol import Attached, Description, Missing, Request
+from stalld.probe.protocol import NMI_SAMPLER, NO_NMI, Attached, Description, Missing, Request
 from stalld.records import watched_bits
 
 if TYPE_CHECKING:
@@ -55,17 +55,11 @@ OPTIONAL = {
     "cpuhp_enter": "a CPU taken offline in mid-stall may be reported as stalled when it returns",
     "hrtimer_expire_entry": "no samples during a stall: stalls are seen when they end, "
     "with the stack of that moment",
-    "lookback": "what ran before a stall is not known, and times with interrupts off "
-    "are not seen",
+    "lookback": "what ran before a stall is not known, and times with interrupts off are not seen",
     "napi_poll": "polls and packets per device are not counted, and a long NET_RX handler "
     "has no device",
 }
 """Hooks the service can do without, and what that means."""
-
-NMI_SAMPLER = "NMI sampler"
-NO_NMI = (
-    "of a stall with interrupts off the stack is that of the moment they were enabled again"
-)
 
 MAPS = ("cpus", "config", "events", "watched", "rings", "napis")
 

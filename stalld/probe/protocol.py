@@ -19,6 +19,9 @@ from stalld.errors import ProbeError
 _LENGTH = struct.Struct("=I")
 _MAX_FDS = 64
 
+NMI_SAMPLER = "NMI sampler"
+NO_NMI = "of a stall with interrupts off the stack is that of the moment they were enabled again"
+
 
 @dataclass(frozen=True)
 class Request:

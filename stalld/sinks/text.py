@@ -62,7 +62,9 @@ def _details(event: Mapping[str, Any]) -> list[str]:
         )
     if handler:
         device = f", polling {safe(handler['device'])}" if handler["device"] else ""
-        lines.append(f"    the {handler['vector']} handler ran {handler['service_ms']:.1f} ms{device}")
+        lines.append(
+            f"    the {handler['vector']} handler ran {handler['service_ms']:.1f} ms{device}"
+        )
     if evidence["late_ms"]:
         lines.append(f"    the timer interrupt came {evidence['late_ms']:.1f} ms late")
     if evidence["stolen_ms"] and evidence["stolen_ms"] >= 1:

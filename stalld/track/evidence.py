@@ -233,7 +233,9 @@ def blocker_at(tick: Tick) -> Blocker:
 def net_of(stall: Stall) -> Net:
     """What the CPU did for the network during the stall."""
     last = stall.last_record
-    base = stall.last_tick_before() or (stall.observations[0].record if stall.observations else last)
+    base = stall.last_tick_before() or (
+        stall.observations[0].record if stall.observations else last
+    )
     napi = polled_since(stall.before.napi, stall.meanwhile.napi)
     if last is None or base is None:
         return Net(0, 0, None, None, napi)
@@ -249,7 +251,9 @@ def net_of(stall: Stall) -> Net:
     )
 
 
-def lookback(stall: Stall, explain: Callable[[TickSample], Tick], reach_ns: int) -> tuple[Tick, ...]:
+def lookback(
+    stall: Stall, explain: Callable[[TickSample], Tick], reach_ns: int
+) -> tuple[Tick, ...]:
     """What ran in the ``reach_ns`` before the stall, oldest first."""
     oldest_ns = stall.started_ns - reach_ns
     return tuple(

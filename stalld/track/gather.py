@@ -24,7 +24,7 @@ class Stall:
     last_ns: int = 0
     observations: list[Observation] = field(default_factory=list)
     closing: Observation | None = None
-    meanwhile: History = History()
+    meanwhile: History = field(default_factory=History)
     wait_ns: list[int] = field(default_factory=lambda: [0] * len(VECTORS))
     waiting: dict[int, int] = field(default_factory=dict)
     ksoftirqd_pid: int = 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from stalld.records import StallRecord, TickSample
 from stalld.rings import Napi
 from stalld.track.verdict import Verdict
-
 
 SERIOUS_FACTOR = 10
 """From this many thresholds on a stall is an error, and no limit hides it (``bpf/state.h``)."""
@@ -52,7 +52,7 @@ class History(NamedTuple):
     """
 
     ticks: Sequence[TickSample] = ()
-    napi: Napi = {}
+    napi: Napi = MappingProxyType({})
 
 
 class Host(Protocol):

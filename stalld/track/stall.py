@@ -153,9 +153,7 @@ class Tracker:
             },
             ksoftirqd_pid=stall.ksoftirqd_pid if stall.ksoftirqd_wait_ns else 0,
             ksoftirqd_wait_ns=stall.ksoftirqd_wait_ns,
-            waiting={
-                pid: wait for pid, wait in stall.waiting.items() if wait >= self.threshold_ns
-            },
+            waiting={pid: wait for pid, wait in stall.waiting.items() if wait >= self.threshold_ns},
             late_ns=stall.late_ns,
             stolen_ns=stall.stolen_ns(),
             handler=evidence.longest_handler(stall, self.threshold_ns),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from stalld.detector import TICK_FUNCTIONS, tick_ns
 from stalld.enrich.kallsyms import Kallsyms
 from stalld.probe.client import load_probes, possible_cpus
 from stalld.records import TickSample
 from stalld.rings import Rings
-from stalld.service import TICK_FUNCTIONS, tick_ns
 from stalld.state import Maps
 from tests.injector import Injector, Kind, Mode, Pressure, system
 from tests.kernel.daemon import STALLED_CPU as CPU
@@ -88,7 +89,7 @@ def test_every_tick_is_kept(ticking: Rings) -> None:
     time.sleep(64 * tick_ns() / 1e9)
     ticks = ticking.ticks(CPU)
     assert len(ticks) == 64
-    gaps = [b.time_ns - a.time_ns for a, b in zip(ticks[:-1], ticks[1:], strict=True)]
+    gaps = [b.time_ns - a.time_ns for a, b in pairwise(ticks)]
     assert sorted(gaps)[len(gaps) // 2] == pytest.approx(max(tick_ns(), 4e6), rel=0.1)
 
 

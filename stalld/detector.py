@@ -1,0 +1,150 @@
+"""What was attached, joined: the shared maps, what reads and judges them, what counts.
+
+The service owns the process, its descriptors and its clock; this owns the
+rest, and does nothing by itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from stalld import bookends, events
+from stalld.config import Settings
+from stalld.counters import Counters
+from stalld.enrich.kallsyms import Kallsyms
+from stalld.enrich.ksymbols import KsymbolFeed
+from stalld.enrich.symbols import SymbolTable
+from stalld.errors import DecodeError
+from stalld.host import LocalHost, is_virtual
+from stalld.kthreads import Watched, iterate_tasks, ksoftirqd_pids
+from stalld.pipeline import Pipeline
+from stalld.probe.client import Probes, possible_cpus
+from stalld.records import VECTORS
+from stalld.rings import Rings
+from stalld.sinks.emitter import Emitter
+from stalld.state import Maps
+from stalld.track.fold import Folder
+from stalld.track.stall import Tracker
+
+# include/uapi/linux/time.h; Python has no name for it.
+_CLOCK_MONOTONIC_COARSE = 6
+
+TICK_FUNCTIONS = (b"tick_nohz_handler", b"tick_sched_timer")
+"""What the tick's hrtimer calls: today, and on older kernels."""
+
+
+def tick_ns() -> int:
+    """The scheduler tick's period in ns: the coarse clock moves once a tick."""
+    return round(time.clock_getres(_CLOCK_MONOTONIC_COARSE) * 1e9)
+
+
+def clocks_ns() -> tuple[int, int]:
+    """CLOCK_MONOTONIC and CLOCK_REALTIME, read one after the other."""
+    return time.monotonic_ns(), time.time_ns()
+
+
+class Detector:
+    """One run of detection. Every method wants the reader's lock, once that reads.
+
+    Args:
+        kallsyms: the kernel's symbols, just read.
+        feed: what tells of symbols that come and go, or None.
+        started_ns: CLOCK_MONOTONIC; makes stall ids unique.
+        on_bad_record: see :class:`Pipeline`.
+        on_hotplug: likewise.
+    """
+
+    def __init__(
+        self,
+        probes: Probes,
+        kallsyms: Kallsyms,
+        feed: KsymbolFeed | None,
+        settings: Settings,
+        emitter: Emitter,
+        *,
+        started_ns: int,
+        on_bad_record: Callable[[DecodeError], None],
+        on_hotplug: Callable[[int], None],
+    ) -> None:
+        self._probes = probes
+        self._settings = settings
+        self._emitter = emitter
+        self._started_ns = started_ns
+        self._hidden = kallsyms.hidden
+        self._tick_functions = [kallsyms.address(name) for name in TICK_FUNCTIONS]
+        fds, cpus = probes.fds, possible_cpus()
+        config = settings.config
+        self.maps = Maps(fds["map:cpus"], fds["map:config"], cpus)
+        self.rings = Rings(fds["map:rings"], fds["map:napis"], cpus)
+        self.counters = Counters(self.maps, started_ns)
+        self.watched = Watched(fds["map:watched"], self.maps, config.detect.kthreads)
+        self.symbols = SymbolTable(kallsyms, feed)
+        host = LocalHost(self.maps, self.rings, self.symbols, is_virtual())
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        self.pipeline = Pipeline(
+            Tracker(settings.threshold_ns, tick_ns(), host),
+            Folder(config.storm.identical_per_minute, settings.threshold_ns),
+            self.symbols,
+            emitter,
+            names=self.watched.names,
+            id_prefix=f"{boot_id}-{started_ns:x}",
+            sampler="tick" if "link:hrtimer_expire_entry" in fds else "none",
+            clocks_ns=clocks_ns,
+            on_bad_record=on_bad_record,
+            on_hotplug=on_hotplug,
+        )
+
+    def start(self, missing: list[events.Event]) -> None:
+        """Have the kernel detect, and say so; ``missing``: what the service does without."""
+        cpus = self.learn()
+        config, places = self._settings.config, self._probes.description.percpu
+        self.maps.watch(
+            self._settings.threshold_ns,
+            tick_ns=tick_ns(),
+            vec_mask=sum(1 << VECTORS.index(name) for name in config.detect.vectors),
+            max_samples=config.detect.max_samples,
+            max_stalls=config.storm.stalls_per_second,
+            lookback=config.detect.lookback,
+            steal_offset=places.get("steal", 0),
+            cpustat_offset=places.get("cpustat", 0),
+            softnet_offset=places.get("softnet", 0),
+            tick_function=self._tick_functions,
+        )
+        fields = bookends.started(
+            self._settings,
+            self._probes.description,
+            self.maps,
+            cpus=len(cpus),
+            kthreads=len(self.watched.names),
+            tick_ns=tick_ns(),
+            hidden=self._hidden,
+            missing=missing,
+        )
+        self._emitter.emit("started", "info", fields)
+
+    def learn(self) -> dict[int, int]:
+        """Look for new or restarted kernel threads; CPU → pid of each ksoftirqd."""
+        link = self._probes.fds.get("iter:task")
+        if link is not None:
+            return self.watched.learn(iterate_tasks(link))
+        pids = ksoftirqd_pids()
+        self.watched.learn_pids(pids)
+        return pids
+
+    def report(self) -> None:
+        """Tell what the kernel counted, and of folded stalls whose minute is over."""
+        for cpu, count in self.counters.lost():
+            self.pipeline.take_lost(cpu, count)
+        for muted in self.counters.muted(time.monotonic_ns()):
+            self.pipeline.take_suppressed(*muted)
+        self.pipeline.flush()
+
+    def finish(self) -> None:
+        """Close what is open, tell what is left, say goodbye."""
+        self.report()
+        self.pipeline.finish()
+        uptime_ns = time.monotonic_ns() - self._started_ns
+        fields = bookends.stopped(self.pipeline, self.maps, self.rings, uptime_ns)
+        self._emitter.emit("stopped", "info", fields)
