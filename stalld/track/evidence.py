@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from stalld.enrich.stack import leaves_interrupt
-from stalld.records import LOOKBACK_SAMPLES, VEC_NONE, Source, TickSample
+from stalld.records import KSOFTIRQD, VEC_NONE, VECTORS, Source, TickSample
 from stalld.rings import BACKLOG, polled_since
 from stalld.track.gather import Stall
 from stalld.track.model import Blocker, Handler, Net, Observation, Tick
@@ -20,6 +20,7 @@ MAIN_PART = 2
 """What is to explain a stall by itself must have lasted for this part of it."""
 
 _U32 = 0xFFFFFFFF
+_NET_RX = VECTORS.index("NET_RX")
 # Where interrupts are enabled again: the first interrupt after comes right there.
 _ENABLES_INTERRUPTS = re.compile(
     r"_*raw_(?:spin|read|write)_(?:rt_)?unlock_irq(?:restore)?|finish_task_switch"
@@ -116,7 +117,8 @@ def longest_handler(stall: Stall, threshold_ns: int) -> Handler | None:
         return None
     # The tracepoint comes when a poll is over, so seldom before the last record.
     polled = next((r for r in reversed(records) if r.napi_budget), None)
-    if polled is None:
+    # What was polled after another vector's handler has no part in that.
+    if polled is None or record.served_vec != _NET_RX:
         return Handler(record.served_vec, record.served_ns, None, None, None)
     device = polled.napi_name if polled.napi_ifindex else BACKLOG
     return Handler(
@@ -149,9 +151,13 @@ def _most_seen(observations: list[Observation]) -> Observation | None:
 
 def _let_go(closing: Observation | None) -> list[Observation]:
     """The closing record, unless a watched thread wrote it, who did not stand in its own way."""
-    if closing is None or closing.record.tid in closing.record.waiter_pid:
+    if closing is None:
         return []
-    return [closing]
+    record = closing.record
+    # A slot keeps the pid of its last waiter; ksoftirqd's is always its own.
+    waited = {pid for pid, ns in zip(record.waiter_pid, record.waiter_ns, strict=True) if ns}
+    waited.add(record.waiter_pid[KSOFTIRQD])
+    return [] if record.tid and record.tid in waited else [closing]
 
 
 def main_consumer(stall: Stall) -> TickSample | None:
@@ -159,9 +165,8 @@ def main_consumer(stall: Stall) -> TickSample | None:
 
     The samples thin out as a stall goes on, the ring has every tick.
     """
-    if len(stall.meanwhile.ticks) >= LOOKBACK_SAMPLES and (
-        stall.meanwhile.ticks[0].time_ns > stall.started_ns
-    ):
+    oldest = next(iter(stall.meanwhile.ticks), None)
+    if oldest is None or oldest.time_ns > stall.started_ns:
         return None
     inside = stall.ticks_inside()
     if not inside:
@@ -193,6 +198,9 @@ def culprit_of(stall: Stall, verdict: Verdict, explain: Callable[[TickSample], T
                 tick = explain(consumer)
                 return Culprit(blocker_at(tick), tick.frames, (), "during")
             main = sampled[0]
+    if verdict is Verdict.IRQS_DISABLED:
+        # Only an NMI shows what had them off.
+        main = _most_seen([o for o in stall.during if o.record.source is Source.NMI]) or main
     blocker = blocker_of(main)
     captured = "during" if main in stall.during else "after"
     if verdict is Verdict.IRQS_DISABLED and main.record.source is not Source.NMI:

@@ -96,9 +96,28 @@ class Stall:
         return None
 
     def stolen_ns(self) -> int | None:
-        """What the steal clock counted since the last tick before; None: not known."""
+        """What the steal clock counted since the stall began; None: not known.
+
+        The last tick before may be long ago, since an idle CPU stops it: up to the
+        first one inside no more can have been stolen of the stall than went by.
+        """
         last = self.last_record
-        base = self.last_tick_before() or next(iter(self.before.ticks), None)
-        if last is None or base is None or base.time_ns > last.time_ns:
+        if last is None:
             return None
-        return min(max(0, last.steal_ns - base.steal_ns), self.duration_ns)
+        base: TickSample | None = None
+        first: TickSample | StallRecord = last
+        for tick in reversed(self.before.ticks):
+            if tick.time_ns > last.time_ns:
+                continue
+            base = tick
+            if tick.time_ns <= self.started_ns:
+                break
+            first = tick
+        if base is None:
+            return None
+        at_first = min(_grown(base, first), max(0, first.time_ns - self.started_ns))
+        return min(at_first + _grown(first, last), self.duration_ns)
+
+
+def _grown(before: TickSample | StallRecord, after: TickSample | StallRecord) -> int:
+    return max(0, after.steal_ns - before.steal_ns)

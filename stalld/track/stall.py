@@ -19,6 +19,8 @@ MAX_ONGOING = 4
 """``ongoing`` updates of one stall."""
 ONGOING_GROWTH = 4
 """A further one when the stall is this many times longer than at the last, or serious."""
+RING_PERIOD_NS = 3_500_000
+"""Ticks sooner than this after the last one kept are not kept (``bpf/lookback.c``)."""
 CLOSE_GRACE_NS = 200_000_000
 """How long to wait for a closing record once the kernel says the stall is over."""
 
@@ -35,7 +37,7 @@ class Tracker:
     def __init__(self, threshold_ns: int, tick_ns: int, host: Host) -> None:
         self.threshold_ns = threshold_ns
         # An idle CPU stops its tick, so its ring goes back further than that.
-        self._reach_ns = 2 * LOOKBACK_SAMPLES * tick_ns
+        self._reach_ns = 2 * LOOKBACK_SAMPLES * max(tick_ns, RING_PERIOD_NS)
         self._host = host
         self._open: dict[int, Stall] = {}
         self._last_seq: dict[int, int] = {}

@@ -20,6 +20,7 @@ from tests.unit import schema
 Event = dict[str, Any]
 
 COMMAND = str(Path(sys.executable).with_name("softirq-stalld"))
+UNLIMITED = str(Path(__file__).with_name("unlimited.toml"))
 THRESHOLD_MS = 10.0
 STALLED_CPU = 1
 START_TIMEOUT_S = 90.0
@@ -28,12 +29,16 @@ START_TIMEOUT_S = 90.0
 class Daemon:
     """Started in ``with``, ready once it said so, stopped at the end.
 
+    Nothing is folded: a test wants to see each stall.
+
     Args:
-        arguments: of ``softirq-stalld run``.
+        arguments: of ``softirq-stalld run``; with ``--config`` among them its limits count.
     """
 
     def __init__(self, *arguments: str) -> None:
         self._arguments = arguments or ("--threshold-ms", str(THRESHOLD_MS))
+        if "--config" not in self._arguments:
+            self._arguments += ("--config", UNLIMITED)
         self.events: list[Event] = []
         self.lines: list[str] = []
         self.said = ""
