@@ -206,9 +206,7 @@ def load(path: Path | None, default: Path = DEFAULT_PATH) -> Config:
             f"{chosen}: cannot be read: {error.strerror}; it must be a file that this user may read"
         ) from None
     if len(text) > _MAX_BYTES:  # A device or a log, named by mistake.
-        raise ConfigError(
-            f"{chosen}: no configuration has more than {_MAX_BYTES} bytes; shorten it"
-        )
+        raise ConfigError(f"{chosen}: no configuration has over {_MAX_BYTES} bytes; shorten it")
     return parse(text, str(chosen))
 
 
@@ -258,9 +256,7 @@ def _read(section: type, table: dict[str, Any], prefix: str, errors: list[str]) 
         elif isinstance(value, dict):
             values[name] = _read(entry, value, f"{dotted}.", errors)
         else:
-            errors.append(
-                f"{dotted}: {_shown(value)} is no section; write [{dotted}], keys below it"
-            )
+            errors.append(f"{dotted}: {_shown(value)} is no section; begin it with [{dotted}]")
     return section(**values)
 
 

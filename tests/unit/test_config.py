@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tomllib
+from contextlib import suppress
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_table_is_of_dataclass_fields() -> None:
 
 @pytest.mark.parametrize("key", KEYS)
 def test_one_key(key: str) -> None:
-    """What a file says of a key becomes its value, of the default's type, and nothing else moves."""
+    """What a file says of a key becomes its value, of the default's type; no other moves."""
     value = OTHERS[key]
     config = parse(line(key, value).encode(), "F")
     found = attrgetter(key)(config)
@@ -369,10 +370,8 @@ def test_any_values(values: dict[str, str]) -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes(text: bytes) -> None:
     """Any bytes at all are a configuration or a ConfigError."""
-    try:
-        parse(text, "F")
-    except ConfigError as error:
-        assert str(error).startswith("F: ")
+    with suppress(ConfigError):
+        assert isinstance(parse(text, "F"), Config)
 
 
 def test_load(tmp_path: Path) -> None:
