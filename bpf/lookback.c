@@ -25,17 +25,16 @@ static __always_inline void check_late(struct cpu_state *st, struct watch_config
 
 	if (late < cfg->threshold_ns)
 		return;
-	begin(st, cfg, now - max_u63(late, oldest_overdue(st, cfg, now)), now);
+	begin(st, cfg, now - max_u63(late, oldest_overdue(st, cfg, now)), now, st->waiting);
 	st->late_ns = max_u63(st->late_ns, late);
 }
 
 int handle_tick(struct bpf_raw_tracepoint_args *ctx)
 {
-	u32 cpu = bpf_get_smp_processor_id();
+	u32 cpu = bpf_get_smp_processor_id(), place;
 	struct task_struct *task;
 	struct watch_config *cfg;
 	struct tick_sample *sample;
-	struct tick_ring *ring;
 	struct cpu_state *st;
 	u64 now, last, id, softnet;
 	long bytes;
@@ -61,11 +60,11 @@ int handle_tick(struct bpf_raw_tracepoint_args *ctx)
 
 	if (!cfg->lookback || now - st->last_lookback_ns < LOOKBACK_PERIOD_NS)
 		return 0;
-	ring = rings.lookup(&cpu);
-	if (!ring)
+	place = cpu * LOOKBACK_SAMPLES + st->ticks % LOOKBACK_SAMPLES;
+	sample = rings.lookup(&place);
+	if (!sample)
 		return 0;
 	st->last_lookback_ns = now;
-	sample = &ring->samples[ring->written % LOOKBACK_SAMPLES];
 	id = bpf_get_current_pid_tgid();
 	task = (struct task_struct *)bpf_get_current_task();
 	softnet = softnet_counters(st, cfg);
@@ -84,6 +83,6 @@ int handle_tick(struct bpf_raw_tracepoint_args *ctx)
 	bytes = bpf_get_stack(ctx, sample->stack, sizeof(sample->stack), 0);
 	sample->stack_bytes = bytes > 0 ? bytes : 0;
 	*(volatile u64 *)&sample->time_ns = now;
-	ring->written++;
+	st->ticks++;
 	return 0;
 }

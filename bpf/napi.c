@@ -17,10 +17,10 @@ static __always_inline void identify(struct napi_slot *slot, struct napi_struct 
 	bpf_probe_read_kernel(slot->name, sizeof(slot->name), dev->name);
 }
 
-static __always_inline void give_away(struct napi_table *table, struct napi_slot *slot)
+static __always_inline void give_away(struct cpu_state *st, struct napi_slot *slot)
 {
-	table->untracked += slot->polls;
-	table->untracked_packets += slot->packets;
+	st->napi_polls += slot->polls;
+	st->napi_packets += slot->packets;
 	slot->polls = 0;
 	slot->packets = 0;
 	slot->exhausted = 0;
@@ -29,27 +29,27 @@ static __always_inline void give_away(struct napi_table *table, struct napi_slot
 int handle_napi_poll(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 cpu = bpf_get_smp_processor_id();
-	struct napi_table *table = napis.lookup(&cpu);
 	struct cpu_state *st = cpus.lookup(&cpu);
 	u64 napi = ctx->args[0];
 	u32 work = ctx->args[1], budget = ctx->args[2];
 	u64 now = bpf_jiffies64();
 	struct napi_slot *slot;
-	u32 ifindex;
+	u32 place, ifindex;
 
-	if (!table || !st)
+	place = cpu * NAPI_SLOTS + (napi >> 6 ^ napi >> 10 ^ napi >> 14) % NAPI_SLOTS;
+	slot = napis.lookup(&place);
+	if (!slot || !st)
 		return 0;
-	slot = &table->slots[(napi >> 6 ^ napi >> 10 ^ napi >> 14) % NAPI_SLOTS];
 	if (slot->napi != napi && slot->napi && now - slot->checked < CHECK_EVERY_JIFFIES) {
 		/* Two busy queues want one slot. */
-		table->untracked++;
-		table->untracked_packets += work;
+		st->napi_polls++;
+		st->napi_packets += work;
 	} else {
 		if (slot->napi != napi || now - slot->checked >= CHECK_EVERY_JIFFIES) {
 			ifindex = slot->ifindex;
 			identify(slot, (struct napi_struct *)napi);
 			if (slot->napi && (slot->napi != napi || slot->ifindex != ifindex))
-				give_away(table, slot);
+				give_away(st, slot);
 			slot->napi = napi;
 			slot->checked = now;
 		}

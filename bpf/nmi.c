@@ -21,6 +21,8 @@ int handle_nmi(struct bpf_perf_event_data *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
 	struct watch_config *cfg;
+	struct stall_record *rec;
+	u32 source = SOURCE_NMI;
 	u64 now, late;
 
 	/* The idle task waits with interrupts off, and that holds nothing up. */
@@ -35,13 +37,15 @@ int handle_nmi(struct bpf_perf_event_data *ctx)
 	late = tick_lateness(st, false, now);
 	if (late < cfg->threshold_ns)
 		return 0;
-	begin(st, cfg, now - late, now);
+	begin(st, cfg, now - late, now, st->waiting);
 	st->late_ns = max_u63(st->late_ns, late);
 	if (st->sample_nr >= cfg->max_samples || now < st->next_sample_ns)
 		return 0;
 	st->next_sample_ns = now + st->spacing_ns - cfg->tick_ns / 2;
 	st->spacing_ns *= 2;
-	emit(ctx, st, cfg, RECORD_SAMPLE, SOURCE_NMI, now);
+	rec = scratch.lookup(&source);
+	if (rec)
+		emit(ctx, st, cfg, rec, RECORD_SAMPLE, SOURCE_NMI, now);
 	return 0;
 }
 

@@ -128,6 +128,8 @@ struct cpu_state {
 	u64 raised[VEC_COUNT]; /* oldest raise not served yet; 0: none */
 	u64 net_rx_since;
 	u64 net_rx_max_ns;
+	u64 napi_polls; /* that found no slot, and those of slots given away */
+	u64 napi_packets;
 	struct waiter waiters[WAITERS];
 	u64 started_ns;
 	u64 next_sample_ns;
@@ -140,6 +142,7 @@ struct cpu_state {
 	u64 suppressed_ns; /* of all suppressed stalls */
 	u64 last_tick_ns;
 	u64 last_lookback_ns;
+	u64 ticks; /* samples in the ring, ever; the next goes to ticks % LOOKBACK_SAMPLES */
 	u64 tick_timer; /* hrtimer of this CPU's tick; 0: not known yet */
 	u32 seq;
 	u32 sample_nr;
@@ -157,12 +160,14 @@ struct cpu_state {
 	u32 unwatched; /* wake-ups of watched threads beyond WAITERS */
 	u32 steal_version; /* 0: the hypervisor keeps no steal clock */
 	u32 hotplug; /* last target of a hotplug, plus 1 */
+	u32 source; /* whose record handle_record is to make */
+	u32 reserved0;
 	u32 napi_wanted; /* the next poll to end is the one of a long handler */
 	u32 napi_ifindex;
 	u32 napi_work;
 	u32 napi_budget;
 	char napi_name[COMM_LEN];
-	u64 reserved[3];
+	u64 reserved[7];
 };
 
 /* One element, written by user space. threshold_ns 0: record nothing. */
@@ -188,7 +193,7 @@ struct watched_bucket {
 	u32 cpu[BUCKET_TASKS]; /* CPU_ANY: ask the task */
 };
 
-/* What ran when a tick came. */
+/* What ran when a tick came. Each CPU has a ring of LOOKBACK_SAMPLES of them. */
 struct tick_sample {
 	u64 time_ns; /* 0: being written */
 	u64 steal_ns;
@@ -205,12 +210,7 @@ struct tick_sample {
 	u64 stack[LOOKBACK_DEPTH];
 };
 
-struct tick_ring {
-	u64 written; /* samples ever; the next goes to written % LOOKBACK_SAMPLES */
-	struct tick_sample samples[LOOKBACK_SAMPLES];
-};
-
-/* What one CPU polled. */
+/* What one CPU polled of one NAPI instance. */
 struct napi_slot {
 	u64 napi;
 	u64 polls;
@@ -220,12 +220,6 @@ struct napi_slot {
 	u32 ifindex;
 	u32 reserved;
 	char name[COMM_LEN];
-};
-
-struct napi_table {
-	struct napi_slot slots[NAPI_SLOTS];
-	u64 untracked; /* polls that found no slot, and those of slots given away */
-	u64 untracked_packets;
 };
 
 /* What the task iterator writes for each kernel thread. */

@@ -119,16 +119,6 @@ static __always_inline void note_deferral(struct cpu_state *st)
 	}
 }
 
-static __always_inline void nobody_waits(struct cpu_state *st)
-{
-	int i;
-
-	for (i = 0; i < WAITERS; i++)
-		st->waiters[i].since_ns = 0;
-	st->waiting = 0;
-	st->missed++;
-}
-
 /* Which waiter gets the CPU; WAITERS: none of them. */
 static __always_inline u32 waiter_of(struct cpu_state *st, u64 task)
 {
@@ -145,11 +135,9 @@ static __always_inline u32 waiter_of(struct cpu_state *st, u64 task)
 int handle_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
-	struct watch_config *cfg;
 	struct waiter *waiter;
-	u32 type = RECORD_SAMPLE;
 	u32 slot, pid = 1;
-	u64 next, now, wait;
+	u64 next, now, since;
 
 	if (!st)
 		return 0;
@@ -170,36 +158,23 @@ int handle_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 	slot = waiter_of(st, next);
 	if (slot >= WAITERS) {
 		st->switches++;
-		bpf_probe_read_kernel(&pid, sizeof(pid),
-				      &((struct task_struct *)next)->pid);
+		bpf_probe_read_kernel(&pid, sizeof(pid), &((struct task_struct *)next)->pid);
 		/* The idle task runs only when nobody waits. */
 		if (!pid && st->waiting)
 			nobody_waits(st);
 		return 0;
 	}
 
-	cfg = watch();
-	if (!cfg)
-		return 0;
-	now = bpf_ktime_get_ns();
 	waiter = &st->waiters[slot & (WAITERS - 1)];
-	wait = age(waiter->since_ns, now);
-	if (cfg->threshold_ns && wait >= cfg->threshold_ns) {
-		begin(st, cfg, now - wait, now);
-		if (wait > waiter->waited_ns) {
-			waiter->waited_ns = wait;
-			waiter->waited_pid = waiter->pid;
-		}
-	}
+	now = bpf_ktime_get_ns();
+	since = waiter->since_ns;
 	waiter->since_ns = 0;
 	st->waiting &= ~(1 << (slot & (WAITERS - 1)));
 	st->running = next;
 	st->running_pid = waiter->pid;
-	if (end(st, cfg, now))
-		type = RECORD_CLOSE;
-	else if (!st->active || st->sample_nr)
-		return 0;
-	/* Whoever gives way now is the last chance for a stack. */
-	emit(ctx, st, cfg, type, SOURCE_SWITCH, now);
+	if (age(since, now) < st->threshold_ns)
+		since = 0;
+	if (since || st->active)
+		record(ctx, st, SOURCE_SWITCH, since, slot, now);
 	return 0;
 }

@@ -31,7 +31,6 @@ static __always_inline void net_rx_left(struct cpu_state *st, u64 took)
 int handle_softirq_entry(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
-	struct watch_config *cfg;
 	struct waiter *ksoftirqd;
 	u32 vec = ctx->args[0];
 	u64 now, wait;
@@ -52,34 +51,9 @@ int handle_softirq_entry(struct bpf_raw_tracepoint_args *ctx)
 	    !st->raised[VEC_TASKLET] && bpf_get_current_task() != ksoftirqd->task)
 		st->inline_served++;
 
-	if (wait < st->threshold_ns || !(st->vec_mask >> vec & 1))
+	if (!wait || wait < st->threshold_ns || !(st->vec_mask >> vec & 1))
 		return 0;
-	cfg = watch();
-	if (!cfg || !cfg->threshold_ns)
-		return 0;
-	begin(st, cfg, now - wait, now);
-	if (wait > st->waited_ns[vec])
-		st->waited_ns[vec] = wait;
-	if (end(st, cfg, now))
-		emit(ctx, st, cfg, RECORD_CLOSE, SOURCE_ENTRY, now);
-	return 0;
-}
-
-/* A handler that ran on while a stall was seen: was it the stall? */
-static __always_inline int handler_left(struct bpf_raw_tracepoint_args *ctx,
-					struct cpu_state *st, u64 now)
-{
-	struct watch_config *cfg = watch();
-	u64 served = age(st->serving_since, now);
-
-	if (!cfg)
-		return 0;
-	if (served >= cfg->threshold_ns && served > st->served_ns) {
-		st->served_ns = served;
-		st->served_vec = ctx->args[0];
-	}
-	if (end(st, cfg, now))
-		emit(ctx, st, cfg, RECORD_CLOSE, SOURCE_EXIT, now);
+	record(ctx, st, SOURCE_ENTRY, now - wait, 0, now);
 	return 0;
 }
 
@@ -94,9 +68,10 @@ int handle_softirq_exit(struct bpf_raw_tracepoint_args *ctx)
 	if ((u32)ctx->args[0] == VEC_NET_RX)
 		net_rx_left(st, bpf_ktime_get_ns() - st->serving_since);
 #endif
-	if (!st->active)
-		return 0;
-	return handler_left(ctx, st, bpf_ktime_get_ns());
+	/* Was the stall that was seen meanwhile this handler? */
+	if (st->active)
+		record(ctx, st, SOURCE_EXIT, 0, 0, bpf_ktime_get_ns());
+	return 0;
 }
 
 #ifdef NET_RX_ACTION_TRACED

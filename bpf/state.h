@@ -14,11 +14,14 @@
 BPF_F_TABLE("array", u32, struct cpu_state, cpus, NR_CPUS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct watch_config, config, 1, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct watched_bucket, watched, 1 << WATCHED_BITS, BPF_F_MMAPABLE);
-BPF_F_TABLE("array", u32, struct tick_ring, rings, NR_CPUS, BPF_F_MMAPABLE);
-BPF_F_TABLE("array", u32, struct napi_table, napis, NR_CPUS, BPF_F_MMAPABLE);
+/* Not one ring or table an element: bcc spends time on every member of those. */
+BPF_F_TABLE("array", u32, struct tick_sample, rings, NR_CPUS *LOOKBACK_SAMPLES, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, struct napi_slot, napis, NR_CPUS *NAPI_SLOTS, BPF_F_MMAPABLE);
 /* One slot per source: a tick may interrupt softirq_entry's record. */
 BPF_PERCPU_ARRAY(scratch, struct stall_record, SOURCE_COUNT);
 BPF_PERF_OUTPUT(events);
+/* handle_record in record.c: all that is rare, so that the rest stays short. */
+BPF_PROG_ARRAY(tails, 1);
 
 static __always_inline struct cpu_state *this_cpu_state(void)
 {
@@ -85,6 +88,16 @@ static __always_inline u64 oldest_overdue(struct cpu_state *st, struct watch_con
 	return oldest >= cfg->threshold_ns ? oldest : 0;
 }
 
+static __always_inline void nobody_waits(struct cpu_state *st)
+{
+	int i;
+
+	for (i = 0; i < WAITERS; i++)
+		st->waiters[i].since_ns = 0;
+	st->waiting = 0;
+	st->missed++;
+}
+
 /*
  * How late the tick is: 0 while it is not due, and on an idle CPU that stopped
  * it. The timer is programmed in hardware and fires on time unless interrupts
@@ -106,7 +119,7 @@ static __always_inline u64 tick_lateness(struct cpu_state *st, bool expiring, u6
 }
 
 static __always_inline void begin(struct cpu_state *st, struct watch_config *cfg, u64 since,
-				  u64 now)
+				  u64 now, bool counts_switches)
 {
 	int i;
 
@@ -122,7 +135,7 @@ static __always_inline void begin(struct cpu_state *st, struct watch_config *cfg
 	st->sample_nr = 0;
 	st->next_sample_ns = 0;
 	st->spacing_ns = cfg->tick_ns;
-	if (!st->waiting)
+	if (!counts_switches)
 		st->switches = 0;
 	if (now - st->window_ns >= NSEC_PER_SEC) {
 		st->window_ns = now;
@@ -132,23 +145,6 @@ static __always_inline void begin(struct cpu_state *st, struct watch_config *cfg
 	st->window_stalls++;
 	st->seq++;
 	st->active = 1;
-}
-
-/*
- * Something was served at last, and the caller has cleared it. Ends the stall
- * unless something else is overdue; the caller then writes the closing record.
- */
-static __always_inline bool end(struct cpu_state *st, struct watch_config *cfg, u64 now)
-{
-	if (!st->active || oldest_overdue(st, cfg, now))
-		return false;
-	st->ended_ns = now;
-	st->active = 0;
-	if (st->muted) {
-		st->suppressed_ns += now - st->started_ns;
-		st->suppressed++;
-	}
-	return true;
 }
 
 /*
@@ -197,100 +193,24 @@ static __always_inline u64 net_rx_so_far(struct cpu_state *st, u64 now)
 #endif
 }
 
-static __always_inline void fill_waits(struct stall_record *rec, struct cpu_state *st, u32 type,
-				       u64 now)
-{
-	struct waiter *waiter;
-	u64 ongoing = type == RECORD_CLOSE ? 0 : ~0ULL;
-	u64 here, longer;
-	int i;
-
-	opaque(ongoing);
-	for (i = 0; i < VEC_COUNT; i++) {
-		here = age(st->raised[i], now) & ongoing;
-		rec->wait_ns[i] = here | (st->waited_ns[i] & ~ongoing);
-	}
-	for (i = 0; i < WAITERS; i++) {
-		waiter = &st->waiters[i];
-		here = age(waiter->since_ns, now) & ongoing;
-		/* Whose wait is longer, the present one's or one that is over? */
-		longer = (s64)(here - waiter->waited_ns) >> 63;
-		opaque(longer);
-		rec->waiter_ns[i] = (here & ~longer) | (waiter->waited_ns & longer);
-		rec->waiter_pid[i] = (waiter->pid & ~longer) | (waiter->waited_pid & longer);
-	}
-}
-
-static __always_inline void fill_service(struct stall_record *rec, struct cpu_state *st, u64 now)
-{
-	u64 served = service_age(st, now);
-
-	rec->serving_vec = st->serving ? st->serving - 1 : VEC_NONE;
-	rec->served_ns = st->served_ns;
-	rec->served_vec = st->served_ns ? st->served_vec : VEC_NONE;
-	if (served > st->served_ns) {
-		rec->served_ns = served;
-		rec->served_vec = rec->serving_vec;
-	}
-	rec->napi_ifindex = st->napi_ifindex;
-	rec->napi_work = st->napi_work;
-	rec->napi_budget = st->napi_budget;
-	__builtin_memcpy(rec->napi_name, st->napi_name, sizeof(rec->napi_name));
-}
-
-static __always_inline void emit(void *ctx, struct cpu_state *st, struct watch_config *cfg,
-				 u32 type, u32 source, u64 now)
+/*
+ * The rare part, in handle_record: this program ends here. since: when what
+ * was waited for began, 0 if that is not yet known to be a stall. which: the
+ * waiter, for SOURCE_SWITCH.
+ */
+static __always_inline void record(void *ctx, struct cpu_state *st, u32 source, u64 since,
+				   u32 which, u64 now)
 {
 	struct stall_record *rec = scratch.lookup(&source);
-	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
-	u64 id = bpf_get_current_pid_tgid();
-	long kernel_bytes, user_bytes = 0;
-	u64 softnet;
 
-	if (!rec || st->muted)
+	if (!rec)
 		return;
-	st->sample_nr += type == RECORD_SAMPLE;
-	rec->type = type;
-	rec->source = source;
-	rec->cpu = bpf_get_smp_processor_id();
-	rec->seq = st->seq;
 	rec->time_ns = now;
-	rec->started_ns = st->started_ns;
-	rec->late_ns = st->late_ns;
-	rec->steal_ns = steal_clock(st, cfg);
-	rec->net_rx_ns = net_rx_so_far(st, now);
-	rec->net_rx_runs = st->net_rx_runs;
-	softnet = softnet_counters(st, cfg);
-	rec->processed = softnet;
-	rec->squeezed = softnet >> 32;
-	fill_waits(rec, st, type, now);
-	fill_service(rec, st, now);
-	rec->cgroup_id = bpf_get_current_cgroup_id();
-	rec->tgid = id >> 32;
-	rec->tid = id;
-	bpf_probe_read_kernel(&rec->task_flags, sizeof(rec->task_flags), &task->flags);
-	bpf_probe_read_kernel(&rec->policy, sizeof(rec->policy), &task->policy);
-	bpf_probe_read_kernel(&rec->prio, sizeof(rec->prio), &task->prio);
-	rec->switches = st->switches;
-	rec->sample_nr = st->sample_nr;
-	rec->lost = st->lost;
-	bpf_get_current_comm(rec->comm, sizeof(rec->comm));
-
-	kernel_bytes = bpf_get_stack(ctx, rec->kernel_stack, sizeof(rec->kernel_stack), 0);
-	if (kernel_bytes < 0)
-		kernel_bytes = 0;
-	if (source == SOURCE_TICK && !(rec->task_flags & PF_KTHREAD))
-		user_bytes = bpf_get_stack(ctx, rec->user_stack, sizeof(rec->user_stack),
-					   BPF_F_USER_STACK);
-	if (user_bytes < 0)
-		user_bytes = 0;
-	/* The mask changes nothing; it shows the verifier the bound. */
-	kernel_bytes &= KERNEL_STACK_DEPTH * sizeof(u64);
-	rec->kernel_stack_bytes = kernel_bytes;
-	rec->user_stack_bytes = user_bytes;
-	if (events.perf_submit(ctx, rec,
-			       offsetof(struct stall_record, kernel_stack) + kernel_bytes))
-		st->lost++;
-	else
-		st->sent++;
+	rec->started_ns = since;
+	rec->sample_nr = which;
+	/* Whom a tick interrupted gets its turn back when the tick's is over. */
+	rec->source = st->source;
+	st->source = source;
+	tails.call(ctx, 0);
+	st->source = rec->source;
 }

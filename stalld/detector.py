@@ -77,7 +77,7 @@ class Detector:
         fds, cpus = probes.fds, possible_cpus()
         config = settings.config
         self.maps = Maps(fds["map:cpus"], fds["map:config"], cpus)
-        self.rings = Rings(fds["map:rings"], fds["map:napis"], cpus)
+        self.rings = Rings(fds["map:rings"], fds["map:napis"], self.maps)
         self.counters = Counters(self.maps, started_ns)
         self.watched = Watched(fds["map:watched"], self.maps, config.detect.kthreads)
         self.symbols = SymbolTable(kallsyms, feed)

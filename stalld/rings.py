@@ -1,6 +1,6 @@
 """What the kernel keeps per CPU for the asking: what ran at each tick, what was polled.
 
-Mirrors ``struct tick_ring`` and ``struct napi_table`` of ``bpf/records.h``.
+Mirrors ``struct tick_sample`` and ``struct napi_slot`` of ``bpf/records.h``.
 Nothing is sent: the maps' memory is shared, and read when a stall asks.
 """
 
@@ -13,19 +13,11 @@ from typing import NamedTuple, overload
 
 from stalld.decode import TICK, decode_tick
 from stalld.records import COMM_LEN, LOOKBACK_SAMPLES, NAPI_SLOTS, TickSample
-from stalld.state import map_array
+from stalld.state import Maps, map_array, map_memory
 
-# tick_ring.written and tick_sample.time_ns are one such word each.
-_WRITTEN = struct.Struct("=Q")
-
-
-class TickRing(ctypes.Structure):
-    """``struct tick_ring``."""
-
-    _fields_ = (
-        ("written", ctypes.c_uint64),
-        ("samples", ctypes.c_char * TICK.size * LOOKBACK_SAMPLES),
-    )
+# tick_sample.time_ns
+_TIME = struct.Struct("=Q")
+_RING_BYTES = LOOKBACK_SAMPLES * TICK.size
 
 
 class NapiSlot(ctypes.Structure):
@@ -40,16 +32,6 @@ class NapiSlot(ctypes.Structure):
         ("ifindex", ctypes.c_uint32),
         ("reserved", ctypes.c_uint32),
         ("name", ctypes.c_char * COMM_LEN),
-    )
-
-
-class NapiTable(ctypes.Structure):
-    """``struct napi_table``."""
-
-    _fields_ = (
-        ("slots", NapiSlot * NAPI_SLOTS),
-        ("untracked", ctypes.c_uint64),
-        ("untracked_packets", ctypes.c_uint64),
     )
 
 
@@ -69,14 +51,21 @@ _NONE = Polled(0, 0, 0)
 
 
 class Ticks(Sequence[TickSample]):
-    """A copy of one ring, oldest first; each sample is decoded when it is asked for."""
+    """A copy of one ring, oldest first; each sample is decoded when it is asked for.
 
-    def __init__(self, ring: bytes) -> None:
+    Args:
+        ring: its 64 places.
+        written: samples ever; the next goes to ``written % 64``.
+    """
+
+    def __init__(self, ring: bytes, written: int) -> None:
         self._ring = ring
-        written = _word(ring, 0)
-        places = map(_place, range(max(0, written - LOOKBACK_SAMPLES), written))
+        places = (
+            number % LOOKBACK_SAMPLES * TICK.size
+            for number in range(max(0, written - LOOKBACK_SAMPLES), written)
+        )
         # A sample's time is 0 while it is written.
-        self._places = [at for at in places if _word(ring, at)]
+        self._places = [at for at in places if _TIME.unpack_from(ring, at)[0]]
 
     def __len__(self) -> int:
         return len(self._places)
@@ -94,56 +83,54 @@ class Ticks(Sequence[TickSample]):
         return decode_tick(self._ring[at : at + TICK.size])
 
 
-def _place(number: int) -> int:
-    return _WRITTEN.size + number % LOOKBACK_SAMPLES * TICK.size
-
-
-def _word(ring: bytes, at: int) -> int:
-    (value,) = _WRITTEN.unpack_from(ring, at)
-    return int(value)
-
-
 class Rings:
-    """The ``rings`` and ``napis`` maps of all CPUs."""
+    """The ``rings`` and ``napis`` maps of all CPUs.
 
-    def __init__(self, rings_fd: int, napis_fd: int, cpus: int) -> None:
-        self._rings = map_array(TickRing, rings_fd, cpus)
-        self._napis = map_array(NapiTable, napis_fd, cpus)
+    Args:
+        rings_fd: array of ``tick_sample``, 64 for each possible CPU.
+        napis_fd: array of ``napi_slot``, 16 for each possible CPU.
+        maps: whose CPUs count what is in them.
+    """
+
+    def __init__(self, rings_fd: int, napis_fd: int, maps: Maps) -> None:
+        cpus = len(maps.cpus)
+        self._cpus = maps.cpus
+        self._samples = map_memory(rings_fd, cpus * _RING_BYTES)
+        self._slots = map_array(NapiSlot, napis_fd, cpus * NAPI_SLOTS)
 
     def ticks(self, cpu: int) -> Ticks:
         """The last ticks of ``cpu``, oldest first; at most 64.
 
         An idle CPU stops its tick, so the oldest may be from long ago.
         """
-        ring = self._rings[cpu]
+        ring = cpu * _RING_BYTES
         while True:
-            written = ring.written
-            oldest = _place(written)
-            copy = bytes(ring)
-            # The kernel writes over the oldest: if it did meanwhile, or began to, once more.
-            # It counts a sample when that is complete, so the count is compared first.
-            same = ring.written == written
-            now = ctypes.string_at(ctypes.addressof(ring) + oldest, _WRITTEN.size)
-            if same and now == copy[oldest : oldest + _WRITTEN.size]:
-                return Ticks(copy)
+            written = self._cpus[cpu].ticks
+            copy = self._samples[ring : ring + _RING_BYTES]
+            # The kernel writes over the oldest: if it began to meanwhile, once more.
+            oldest = written % LOOKBACK_SAMPLES * TICK.size
+            now = self._samples[ring + oldest : ring + oldest + _TIME.size]
+            if now == copy[oldest : oldest + _TIME.size] and written == self._cpus[cpu].ticks:
+                return Ticks(copy, written)
 
     def napi(self, cpu: int) -> Napi:
         """What ``cpu`` polled since the start."""
-        table = self._napis[cpu]
         found: dict[tuple[int, bytes], Polled] = {}
-        for slot in table.slots:
+        for slot in self._slots[cpu * NAPI_SLOTS : (cpu + 1) * NAPI_SLOTS]:
             if slot.napi:
                 # The queue of packets that other CPUs, or loopback, left has no device.
                 key = (slot.ifindex, bytes(slot.name) if slot.ifindex else BACKLOG)
-                found[key] = _sum(found.get(key), Polled(slot.polls, slot.packets, slot.exhausted))
-        if table.untracked:
-            found[_UNTRACKED] = Polled(table.untracked, table.untracked_packets, 0)
+                polled = Polled(slot.polls, slot.packets, slot.exhausted)
+                found[key] = _sum(found.get(key), polled)
+        state = self._cpus[cpu]
+        if state.napi_polls:
+            found[0, b""] = Polled(state.napi_polls, state.napi_packets, 0)
         return found
 
     def napi_totals(self) -> Napi:
         """What all CPUs polled since the start."""
         found: dict[tuple[int, bytes], Polled] = {}
-        for cpu in range(len(self._napis)):
+        for cpu in range(len(self._cpus)):
             for key, polled in self.napi(cpu).items():
                 found[key] = _sum(found.get(key), polled)
         return found

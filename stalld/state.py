@@ -48,6 +48,8 @@ class CpuState(ctypes.Structure):
         ("raised", ctypes.c_uint64 * len(VECTORS)),
         ("net_rx_since", ctypes.c_uint64),
         ("net_rx_max_ns", ctypes.c_uint64),
+        ("napi_polls", ctypes.c_uint64),
+        ("napi_packets", ctypes.c_uint64),
         ("waiters", Waiter * WAITERS),
         ("started_ns", ctypes.c_uint64),
         ("next_sample_ns", ctypes.c_uint64),
@@ -60,6 +62,7 @@ class CpuState(ctypes.Structure):
         ("suppressed_ns", ctypes.c_uint64),
         ("last_tick_ns", ctypes.c_uint64),
         ("last_lookback_ns", ctypes.c_uint64),
+        ("ticks", ctypes.c_uint64),
         ("tick_timer", ctypes.c_uint64),
         ("seq", ctypes.c_uint32),
         ("sample_nr", ctypes.c_uint32),
@@ -77,12 +80,14 @@ class CpuState(ctypes.Structure):
         ("unwatched", ctypes.c_uint32),
         ("steal_version", ctypes.c_uint32),
         ("hotplug", ctypes.c_uint32),
+        ("source", ctypes.c_uint32),
+        ("reserved0", ctypes.c_uint32),
         ("napi_wanted", ctypes.c_uint32),
         ("napi_ifindex", ctypes.c_uint32),
         ("napi_work", ctypes.c_uint32),
         ("napi_budget", ctypes.c_uint32),
         ("napi_name", ctypes.c_char * COMM_LEN),
-        ("reserved", ctypes.c_uint64 * 3),
+        ("reserved", ctypes.c_uint64 * 7),
     )
 
 
@@ -180,7 +185,10 @@ class Maps:
 
 def map_array(kind: type[_Structure], fd: int, count: int) -> ctypes.Array[_Structure]:
     """The memory of an array map as ``count`` structures, shared with the kernel."""
+    return (kind * count).from_buffer(map_memory(fd, ctypes.sizeof(kind) * count))
+
+
+def map_memory(fd: int, size: int) -> mmap.mmap:
+    """The first ``size`` bytes, or a few more, of an array map, shared with the kernel."""
     page = mmap.PAGESIZE
-    size = ctypes.sizeof(kind) * count
-    memory = mmap.mmap(fd, (size + page - 1) // page * page, mmap.MAP_SHARED)
-    return (kind * count).from_buffer(memory)
+    return mmap.mmap(fd, (size + page - 1) // page * page, mmap.MAP_SHARED)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SOURCES = (
     "records.h",
     "state.h",
+    "record.c",
     "sched.c",
     "softirq.c",
     "lookback.c",
@@ -61,7 +62,8 @@ OPTIONAL = {
 }
 """Hooks the service can do without, and what that means."""
 
-MAPS = ("cpus", "config", "events", "watched", "rings", "napis")
+MAPS = ("cpus", "config", "events", "watched", "rings", "napis", "tails")
+"""Of the last the daemon has no use, but the kernel empties it when nobody holds it."""
 
 _BPF_TRACE_ITER = 28
 # include/linux/kernel_stat.h: enum cpu_usage_stat
@@ -204,12 +206,14 @@ def _build(
         raise ProbeError(f"the BPF programs were refused: {error}") from error
     compiled = time.monotonic()
 
-    fds = {f"map:{name}": int(bpf[name].map_fd) for name in MAPS}
+    fds = {f"map:{name}": _map_fd(bpf, name) for name in MAPS}
     attached: list[Attached] = []
     if how != "softirq":
         fds |= _attach_net_rx_action(bpf, how, attached)
     if btf is not None:
         fds["iter:task"] = _task_iterator(bpf, attached, missing)
+    tail = _load_program(bpf, "handle_record", bpf.RAW_TRACEPOINT, "records")
+    _put(fds["map:tails"], 0, tail.fd)
     if nmi:
         fds["prog:nmi"] = os.dup(_load_program(bpf, "handle_nmi", bpf.PERF_EVENT, "the NMI").fd)
     for hook in request.hooks or PROGRAMS:
@@ -233,6 +237,24 @@ def _build(
         percpu=percpu_places(btf) if btf else {},
     )
     return description, list(fds.values())
+
+
+def _map_fd(bpf: BPF, name: str) -> int:
+    # Not bpf[name], which builds Python types for everything in the map.
+    from bcc.libbcc import lib
+
+    return int(lib.bpf_table_fd(bpf.module, name.encode()))
+
+
+def _put(map_fd: int, key: int, value: int) -> None:
+    """Write one element of 32 bits into an array of such.
+
+    Raises:
+        ProbeError: the kernel refused it.
+    """
+    words = ctypes.c_uint32(key), ctypes.c_uint32(value)
+    if _libbpf().bpf_map_update_elem(map_fd, *map(ctypes.byref, words), ctypes.c_uint64(0)):
+        raise ProbeError(f"the kernel refused a program array: {os.strerror(ctypes.get_errno())}")
 
 
 def _source(bpf_dir: Path) -> str:

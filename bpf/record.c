@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * handle_record: the rare part of every program, called by record(). It ends
+ * with a record for user space, or finds that there is nothing to tell.
+ */
+
+/*
+ * Something was served at last, and the caller has cleared it. Ends the stall
+ * unless something else is overdue; the caller then writes the closing record.
+ */
+static __always_inline bool end(struct cpu_state *st, struct watch_config *cfg, u64 now)
+{
+	if (!st->active || oldest_overdue(st, cfg, now))
+		return false;
+	st->ended_ns = now;
+	st->active = 0;
+	if (st->muted) {
+		st->suppressed_ns += now - st->started_ns;
+		st->suppressed++;
+	}
+	return true;
+}
+
+static __always_inline void fill_waits(struct stall_record *rec, struct cpu_state *st, u32 type,
+				       u64 now)
+{
+	struct waiter *waiter;
+	u64 ongoing = type == RECORD_CLOSE ? 0 : ~0ULL;
+	u64 here, longer;
+	int i;
+
+	opaque(ongoing);
+	for (i = 0; i < VEC_COUNT; i++) {
+		here = age(st->raised[i], now) & ongoing;
+		rec->wait_ns[i] = here | (st->waited_ns[i] & ~ongoing);
+	}
+	for (i = 0; i < WAITERS; i++) {
+		waiter = &st->waiters[i];
+		here = age(waiter->since_ns, now) & ongoing;
+		/* Whose wait is longer, the present one's or one that is over? */
+		longer = (s64)(here - waiter->waited_ns) >> 63;
+		opaque(longer);
+		rec->waiter_ns[i] = (here & ~longer) | (waiter->waited_ns & longer);
+		rec->waiter_pid[i] = (waiter->pid & ~longer) | (waiter->waited_pid & longer);
+	}
+}
+
+static __always_inline void fill_service(struct stall_record *rec, struct cpu_state *st, u64 now)
+{
+	u64 served = service_age(st, now);
+
+	rec->serving_vec = st->serving ? st->serving - 1 : VEC_NONE;
+	rec->served_ns = st->served_ns;
+	rec->served_vec = st->served_ns ? st->served_vec : VEC_NONE;
+	if (served > st->served_ns) {
+		rec->served_ns = served;
+		rec->served_vec = rec->serving_vec;
+	}
+	rec->napi_ifindex = st->napi_ifindex;
+	rec->napi_work = st->napi_work;
+	rec->napi_budget = st->napi_budget;
+	__builtin_memcpy(rec->napi_name, st->napi_name, sizeof(rec->napi_name));
+}
+
+static __always_inline void emit(void *ctx, struct cpu_state *st, struct watch_config *cfg,
+				 struct stall_record *rec, u32 type, u32 source, u64 now)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	u64 id = bpf_get_current_pid_tgid();
+	long kernel_bytes, user_bytes = 0;
+	u64 softnet;
+
+	if (st->muted)
+		return;
+	st->sample_nr += type == RECORD_SAMPLE;
+	rec->type = type;
+	rec->source = source;
+	rec->cpu = bpf_get_smp_processor_id();
+	rec->seq = st->seq;
+	rec->time_ns = now;
+	rec->started_ns = st->started_ns;
+	rec->late_ns = st->late_ns;
+	rec->steal_ns = steal_clock(st, cfg);
+	rec->net_rx_ns = net_rx_so_far(st, now);
+	rec->net_rx_runs = st->net_rx_runs;
+	softnet = softnet_counters(st, cfg);
+	rec->processed = softnet;
+	rec->squeezed = softnet >> 32;
+	fill_waits(rec, st, type, now);
+	fill_service(rec, st, now);
+	rec->cgroup_id = bpf_get_current_cgroup_id();
+	rec->tgid = id >> 32;
+	rec->tid = id;
+	bpf_probe_read_kernel(&rec->task_flags, sizeof(rec->task_flags), &task->flags);
+	bpf_probe_read_kernel(&rec->policy, sizeof(rec->policy), &task->policy);
+	bpf_probe_read_kernel(&rec->prio, sizeof(rec->prio), &task->prio);
+	rec->switches = st->switches;
+	rec->sample_nr = st->sample_nr;
+	rec->lost = st->lost;
+	bpf_get_current_comm(rec->comm, sizeof(rec->comm));
+
+	kernel_bytes = bpf_get_stack(ctx, rec->kernel_stack, sizeof(rec->kernel_stack), 0);
+	if (kernel_bytes < 0)
+		kernel_bytes = 0;
+	if (source == SOURCE_TICK && !(rec->task_flags & PF_KTHREAD))
+		user_bytes = bpf_get_stack(ctx, rec->user_stack, sizeof(rec->user_stack),
+					   BPF_F_USER_STACK);
+	if (user_bytes < 0)
+		user_bytes = 0;
+	/* The mask changes nothing; it shows the verifier the bound. */
+	kernel_bytes &= KERNEL_STACK_DEPTH * sizeof(u64);
+	rec->kernel_stack_bytes = kernel_bytes;
+	rec->user_stack_bytes = user_bytes;
+	if (events.perf_submit(ctx, rec,
+			       offsetof(struct stall_record, kernel_stack) + kernel_bytes))
+		st->lost++;
+	else
+		st->sent++;
+}
+
+/*
+ * A watched thread that may run elsewhere was perhaps moved there, and one
+ * whose switch was not seen runs or sleeps: believe what the task says.
+ */
+static __always_inline u64 still_waits(struct waiter *waiter, u32 cpu)
+{
+	struct task_struct *task = (struct task_struct *)waiter->task;
+	u32 pid = 0, on_rq = 0, on_cpu = 1, wake_cpu = cpu;
+
+	bpf_probe_read_kernel(&pid, sizeof(pid), &task->pid);
+	bpf_probe_read_kernel(&on_rq, sizeof(on_rq), &task->on_rq);
+	bpf_probe_read_kernel(&on_cpu, sizeof(on_cpu), &task->on_cpu);
+	bpf_probe_read_kernel(&wake_cpu, sizeof(wake_cpu), &task->wake_cpu);
+	return pid == waiter->pid && on_rq && !on_cpu && wake_cpu == cpu;
+}
+
+static __always_inline void verify_waiters(struct cpu_state *st, struct watch_config *cfg, u64 now)
+{
+	u32 cpu = bpf_get_smp_processor_id();
+	struct waiter *waiter;
+	u32 slot;
+
+	for (slot = 0; slot < WAITERS; slot++) {
+		waiter = &st->waiters[slot];
+		if (age(waiter->since_ns, now) < cfg->threshold_ns || still_waits(waiter, cpu))
+			continue;
+		waiter->since_ns = 0;
+		st->waiting &= ~(1 << slot);
+		st->missed++;
+	}
+}
+
+/* What the tick finds: is anything overdue, and is it time for a sample? */
+static __always_inline u32 look(struct cpu_state *st, struct watch_config *cfg, u64 now)
+{
+	u64 oldest, late;
+
+	if (st->waiting)
+		verify_waiters(st, cfg, now);
+	oldest = oldest_overdue(st, cfg, now);
+	if (oldest && !(u32)bpf_get_current_pid_tgid() && !st->serving) {
+		/* An idle CPU has nothing pending: the service was not seen. */
+		__builtin_memset(st->raised, 0, sizeof(st->raised));
+		nobody_waits(st);
+		oldest = 0;
+	}
+	if (!oldest)
+		return end(st, cfg, now) ? RECORD_CLOSE : 0;
+
+	begin(st, cfg, now - oldest, now, st->waiting);
+	/* Another timer that came too late as well may be called before the tick's. */
+	late = now - st->last_tick_ns < cfg->threshold_ns ? 0 : tick_lateness(st, false, now);
+	if (late >= cfg->threshold_ns)
+		st->late_ns = max_u63(st->late_ns, late);
+	if (oldest >= SERIOUS_FACTOR * cfg->threshold_ns)
+		st->muted = 0;
+	if (service_age(st, now) >= cfg->threshold_ns)
+		st->napi_wanted = 1;
+	if (st->sample_nr >= cfg->max_samples || now < st->next_sample_ns)
+		return 0;
+	/* Half a tick of grace, since ticks jitter. */
+	st->next_sample_ns = now + st->spacing_ns - cfg->tick_ns / 2;
+	st->spacing_ns *= 2;
+	return RECORD_SAMPLE;
+}
+
+/* A wait of the threshold or longer is over. */
+static __always_inline void waited(struct cpu_state *st, struct watch_config *cfg,
+				   struct stall_record *rec, u32 source, u32 vec)
+{
+	struct waiter *waiter = &st->waiters[rec->sample_nr & (WAITERS - 1)];
+	u64 wait = rec->time_ns - rec->started_ns;
+
+	begin(st, cfg, rec->started_ns, rec->time_ns, st->waiting || source == SOURCE_SWITCH);
+	if (source == SOURCE_ENTRY && vec < VEC_COUNT) {
+		if (wait > st->waited_ns[vec])
+			st->waited_ns[vec] = wait;
+	} else if (source == SOURCE_SWITCH && wait > waiter->waited_ns) {
+		waiter->waited_ns = wait;
+		waiter->waited_pid = waiter->pid;
+	}
+}
+
+int handle_record(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct cpu_state *st = this_cpu_state();
+	struct watch_config *cfg = watch();
+	u32 type = 0, source, vec = ctx->args[0];
+	struct stall_record *rec;
+	u64 now, served;
+
+	if (!st || !cfg)
+		return 0;
+	source = st->source;
+	rec = scratch.lookup(&source);
+	if (!rec)
+		return 0;
+	/* Not before all of this is read: a tick may come and use it. */
+	st->source = rec->source;
+	if (!cfg->threshold_ns)
+		return 0;
+	now = rec->time_ns;
+	served = now - st->serving_since;
+	if (source == SOURCE_TICK) {
+		type = look(st, cfg, now);
+	} else {
+		if (rec->started_ns)
+			waited(st, cfg, rec, source, vec);
+		if (source == SOURCE_EXIT && served >= cfg->threshold_ns &&
+		    served > st->served_ns) {
+			st->served_ns = served;
+			st->served_vec = vec;
+		}
+		if (end(st, cfg, now))
+			type = RECORD_CLOSE;
+		else if (source == SOURCE_SWITCH && st->active && !st->sample_nr)
+			/* Whoever gives way now is the last chance for a stack. */
+			type = RECORD_SAMPLE;
+	}
+	if (type)
+		emit(ctx, st, cfg, rec, type, source, now);
+	return 0;
+}
