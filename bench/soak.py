@@ -1,0 +1,150 @@
+"""Real load and nothing injected: every stall must be explained by its own evidence.
+
+    python -m bench.soak [--seconds S] [--threshold-ms N] [--events F]
+
+Runs the daemon while hackbench, dd, a flood of datagrams and stress-ng take turns and then run
+all at once. Prints each stall with what its verdict rests on; ``--events`` keeps all lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.kernel.daemon import Daemon, Event
+
+PHASES = 5
+
+
+def start(*command: str) -> subprocess.Popen[bytes]:
+    """A load in a session of its own, so that it can be ended with all its children."""
+    if shutil.which(command[0]) is None:
+        raise RuntimeError(f"{command[0]} is not installed: apt install rt-tests stress-ng")
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def hackbench() -> subprocess.Popen[bytes]:
+    """400 tasks that write to each other."""
+    return start("sh", "-c", "while :; do hackbench -g 10 -l 1000; done")
+
+
+def dd() -> subprocess.Popen[bytes]:
+    """Writes to disk, and waits for it."""
+    file = Path(tempfile.gettempdir(), f"soak-{os.getpid()}")
+    write = f"dd if=/dev/zero of={file} bs=1M count=512 conv=fdatasync"
+    return start("sh", "-c", f"trap 'rm -f {file}; exit' TERM; while :; do {write}; done")
+
+
+def flood() -> subprocess.Popen[bytes]:
+    """Datagrams over loopback from two tasks, received by nobody."""
+    return start(sys.executable, "-m", "bench.soak", "--flood")
+
+
+def stress() -> subprocess.Popen[bytes]:
+    """Processors, memory, sockets, disk and timers."""
+    kinds = "--cpu 2 --vm 1 --vm-bytes 256M --sock 2 --udp 2 --hdd 1 --timer 1 --mmap 1 --fork 2"
+    return start("stress-ng", *kinds.split(), "--temp-path", tempfile.gettempdir())
+
+
+LOADS: dict[str, Callable[[], subprocess.Popen[bytes]]] = {
+    "hackbench": hackbench,
+    "dd": dd,
+    "flood": flood,
+    "stress-ng": stress,
+}
+
+
+def end(load: subprocess.Popen[bytes]) -> None:
+    """End a load with its children."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(load.pid, number)
+        except ProcessLookupError:
+            break
+        time.sleep(1)
+    load.wait()
+
+
+def send_datagrams() -> None:
+    """Until killed; a fork doubles it."""
+    os.fork()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+        while True:
+            out.sendto(bytes(1000), ("127.0.0.1", 9))
+
+
+def run(seconds: float, threshold_ms: float) -> tuple[list[Event], list[tuple[float, str]]]:
+    """All events, and when (CLOCK_MONOTONIC, ns) which load began."""
+    marks: list[tuple[float, str]] = []
+    with Daemon("--threshold-ms", str(threshold_ms)) as daemon:
+        for names in [[name] for name in LOADS] + [list(LOADS)]:
+            marks.append((time.monotonic_ns(), " + ".join(names)))
+            running = [LOADS[name]() for name in names]
+            try:
+                time.sleep(seconds / PHASES)
+            finally:
+                for load in running:
+                    end(load)
+    return daemon.events, marks
+
+
+def describe(event: Event) -> str:
+    """One stall: what was said, and what it rests on."""
+    blocker, evidence = event["blocker"], event["evidence"]
+    who = f"{blocker['comm']} ({blocker['mode']}, {blocker['policy']})" if blocker else "nobody"
+    waits = {w["comm"]: w["runnable_ms"] for w in event["waiting"]}
+    if event["ksoftirqd"]:
+        waits["ksoftirqd"] = event["ksoftirqd"]["runnable_ms"]
+    top = ", ".join(event["stack"]["kernel"][:3]) or "-"
+    return (
+        f"cpu {event['cpu']} {event['duration_ms']:.1f} ms {event['verdict']}: {who}; "
+        f"starved {event['starved']}; waited {waits}; late {evidence['late_ms']}, stolen "
+        f"{evidence['stolen_ms']}, switches {evidence['switches']}, samples "
+        f"{evidence['samples']}/{evidence['expected']}, {event['stack']['captured']}: {top}"
+    )
+
+
+def main() -> int:
+    """Print every stall, and how many of each verdict under which load."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--threshold-ms", type=float, default=50)
+    parser.add_argument("--events", type=Path, help="keep all events here")
+    parser.add_argument("--flood", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.flood:
+        send_datagrams()
+    events, marks = run(arguments.seconds, arguments.threshold_ms)
+    if arguments.events:
+        with arguments.events.open("w") as file:
+            file.writelines(json.dumps(event) + "\n" for event in events)
+    counts: Counter[tuple[str, str]] = Counter()
+    for event in events:
+        if event["event"] == "stall" and event["phase"] == "resolved":
+            began_ns = event["read_ns"] - event["duration_ms"] * 1e6
+            load = [name for mark, name in marks if mark <= began_ns]
+            counts[load[-1] if load else "start", event["verdict"]] += 1
+            print(describe(event))
+        elif event["event"] not in ("stall", "started", "stopped"):
+            print(json.dumps(event)[:300])
+    for (load_name, verdict), count in sorted(counts.items()):
+        print(f"{load_name}: {verdict} {count}")
+    print(f"{sum(counts.values())} stalls in {arguments.seconds:.0f} s; {events[-1]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
