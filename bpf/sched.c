@@ -71,14 +71,14 @@ int handle_sched_wakeup(struct bpf_raw_tracepoint_args *ctx)
 			st->stale++;
 		return 0;
 	}
-	/* Woken while it runs, on its way to sleep: it has the CPU. */
 	if (bpf_get_current_task() == task)
 		return 0;
 	cpu = bucket->cpu[place];
 	if (cpu == CPU_ANY)
 		bpf_probe_read_kernel(&cpu, sizeof(cpu), &((struct task_struct *)task)->wake_cpu);
 	st = cpus.lookup(&cpu);
-	if (st)
+	/* Woken while it runs, on its way to sleep: it has the CPU, be it another one. */
+	if (st && st->running != task)
 		wait_begins(st, task, pid, bpf_ktime_get_ns());
 	return 0;
 }

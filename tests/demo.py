@@ -13,6 +13,13 @@ from tests.injector import METHODS, Injector, InjectorError, Kind, Pressure
 from tests.injector.system import other_cpu
 
 DURATION_MS = 100.0
+KINDS = (
+    Kind.BH_OFF,
+    Kind.IRQS_OFF_TIMER,
+    Kind.SOFTIRQ_HOG,
+    Kind.PREEMPT_OFF,
+    Kind.CPU_CONTENTION,
+)
 COMMAND = str(Path(sys.executable).with_name("softirq-stalld"))
 
 
@@ -23,7 +30,7 @@ def main() -> int:
         print("the demonstration needs two CPUs: one that stalls, one that sends packets")
         return 1
     missed = 0
-    for kind in (Kind.BH_OFF, Kind.PREEMPT_OFF, Kind.CPU_CONTENTION):
+    for kind in KINDS:
         method = METHODS[kind]
         print(f"\n=== {kind}: {method.means}", flush=True)
         with tempfile.TemporaryFile("w+") as output:

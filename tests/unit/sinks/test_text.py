@@ -23,10 +23,39 @@ def stall(**changes: Any) -> dict[str, Any]:
         "verdict": "stuck_in_kernel",
         "starved": {"NET_RX": 50.0, "TIMER": 20.0},
         "ksoftirqd": {"pid": 16, "runnable_ms": 49.5},
-        "blocker": {"comm": "cadvisor", "pid": 10, "tid": 11, "mode": "kernel", "policy": "other"},
-        "stack": {"kernel": ["memcg_stat_show+0x10", "seq_read+0x5"], "user": []},
+        "waiting": [],
+        "handler": None,
+        "blocker": blocker(),
+        "stack": stack("memcg_stat_show+0x10", "seq_read+0x5"),
+        "evidence": {"late_ms": 0.0, "stolen_ms": 0.4},
+        "hint": None,
     }
     return event | changes
+
+
+def blocker(**changes: Any) -> dict[str, Any]:
+    """Who had the CPU, as far as it is shown."""
+    known = {"comm": "cadvisor", "pid": 10, "tid": 11, "mode": "kernel", "policy": "other"}
+    return known | {"rt_priority": None} | changes
+
+
+def stack(*frames: str, captured: str = "during") -> dict[str, Any]:
+    """The stack of a stall."""
+    return {"kernel": list(frames), "user": [], "captured": captured}
+
+
+def suppressed(**changes: Any) -> dict[str, Any]:
+    """Stalls that were not written one by one."""
+    event = {
+        "event": "suppressed",
+        "reason": "identical",
+        "cpus": [1, 3],
+        "count": 12,
+        "total_ms": 340.25,
+        "blocker": {"pid": 10, "comm": "cadvisor"},
+        "stack": ["memcg_stat_show+0x10"],
+    }
+    return HEAD | event | changes
 
 
 def test_a_whole_stall() -> None:
@@ -43,7 +72,7 @@ def test_a_whole_stall() -> None:
 def test_brief() -> None:
     """Unknown things take no line, and a line that goes on says so."""
     bare = stall(
-        phase="ongoing", starved={}, ksoftirqd=None, blocker=None, stack={"kernel": [], "user": []}
+        phase="ongoing", starved={}, ksoftirqd=None, blocker=None, stack=stack(captured="none")
     )
     assert (
         render(bare) == "T warning stall cpu 3: 51.3 ms so far, stuck_in_kernel; starved: nothing"
@@ -54,15 +83,47 @@ def test_brief() -> None:
 def test_long_stacks_are_cut(more: int) -> None:
     """The innermost frames are shown, the others counted."""
     frames = [f"f{n}+0x0" for n in range(TOP_FRAMES + more)]
-    lines = render(stall(stack={"kernel": frames, "user": []})).splitlines()[3:]
+    lines = render(stall(stack=stack(*frames))).splitlines()[3:]
     assert lines[:TOP_FRAMES] == [f"      {frame}" for frame in frames[:TOP_FRAMES]]
     assert lines[TOP_FRAMES:] == ([f"      … {more} more"] if more else [])
 
 
 def test_unknown_mode() -> None:
     """A mode that is not known is called that."""
-    blocker = {"comm": "c", "pid": 1, "tid": 1, "mode": None, "policy": None}
-    assert "c pid 1 tid 1 in unknown mode" in render(stall(blocker=blocker))
+    shown = render(stall(blocker=blocker(comm="c", mode=None, policy=None)))
+    assert "c pid 10 tid 11 in unknown mode" in shown
+
+
+def test_all_that_can_be_said() -> None:
+    """Priority, other threads that waited, the handler, late ticks, stolen time and the hint."""
+    whole = stall(
+        ksoftirqd=None,
+        blocker=blocker(mode="softirq", policy="fifo", rt_priority=50),
+        waiting=[{"pid": 30, "comm": "napi/eth0-3", "runnable_ms": 20.0}],
+        handler={"vector": "NET_RX", "service_ms": 50.0, "device": "eth0"},
+        stack=stack("net_rx_action+0x5", captured="after"),
+        evidence={"late_ms": 12.0, "stolen_ms": 3.25},
+        hint="look there",
+    )
+    assert render(whole).splitlines()[1:] == [
+        "    cadvisor pid 10 tid 11 in softirq mode, policy fifo 50",
+        "    napi/eth0-3 pid 30 waited 20.0 ms",
+        "    the NET_RX handler ran 50.0 ms, polling eth0",
+        "    the timer interrupt came 12.0 ms late",
+        "    the hypervisor took 3.2 ms",
+        "      net_rx_action+0x5 (after)",
+        "    hint: look there",
+    ]
+
+
+def test_suppressed() -> None:
+    """How many, of whom, how long in all, and the stack they share."""
+    assert render(suppressed()) == (
+        "T warning suppressed cpu 1, 3: 12 more stalls of cadvisor, 340.2 ms in all (identical)\n"
+        "      memcg_stat_show+0x10"
+    )
+    by_rate = suppressed(reason="rate", cpus=[1], blocker=None, stack=[])
+    assert render(by_rate).endswith("cpu 1: 12 more stalls, 340.2 ms in all (rate)")
 
 
 @pytest.mark.parametrize(
@@ -83,11 +144,14 @@ def test_control_characters_are_escaped(given_text: str, shown: str) -> None:
 
 @given(st.text(), st.text())
 def test_no_name_controls_the_terminal(comm: str, frame: str) -> None:
-    """Whatever task and frame are called, the lines are ours, printable and encodable."""
-    blocker = {"comm": comm, "pid": 1, "tid": 1, "mode": None, "policy": None}
-    text = render(stall(blocker=blocker, stack={"kernel": [frame], "user": []}))
+    """Whatever task, thread, device and frame are called: lines of ours, printable, encodable."""
+    waiting = [{"pid": 30, "comm": comm, "runnable_ms": 20.0}]
+    handler = {"vector": "NET_RX", "service_ms": 50.0, "device": comm or "d"}
+    whole = stall(blocker=blocker(comm=comm), waiting=waiting, handler=handler, stack=stack(frame))
+    folded = suppressed(blocker={"pid": 10, "comm": comm}, stack=[frame])
+    text = f"{render(whole)}\n{render(folded)}"
     lines = text.split("\n")
-    assert len(lines) == 4
+    assert len(lines) == 6 + 2
     assert all(each.isprintable() for each in lines)
     assert text.encode()
 
