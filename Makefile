@@ -48,11 +48,11 @@ endef
 need_root = $(if $(filter 0,$(shell id -u)),,$(error `make $(1)` loads BPF programs \
 	and needs root: run it with sudo or in a root shell))
 
-.PHONY: help setup run test check demo clean
-.PHONY: root-run root-test root-demo packages test-packages
+.PHONY: help setup run test check demo bench-fidelity clean
+.PHONY: root-run root-test root-demo root-bench-fidelity packages test-packages
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
 
 setup: packages .venv/.installed ## install what is missing: Debian packages, .venv, the project
 
@@ -71,6 +71,9 @@ check: setup .venv/.dev ## lint, formatting and types
 demo: root-demo setup test-packages .venv/.dev ## cause a bounded stall of each kind, show the catch
 	@exec $(BIN)/python -m tests.demo $(ARGS)
 
+bench-fidelity: root-bench-fidelity setup test-packages .venv/.dev ## 1,000 injected stalls: all found and told rightly?
+	@exec $(BIN)/python -m bench.fidelity --stalls 1000 $(ARGS)
+
 clean: ## remove everything made here
 	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name .git -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -prune \
@@ -81,7 +84,7 @@ PY_DIRS = $(shell for d in stalld tests bench; do \
 	[ -z "$$(find $$d -name '*.py' -print -quit 2>/dev/null)" ] || echo $$d; done)
 C_FILES = $(wildcard bpf/*.[ch] tests/injector/*.[ch])
 
-root-run root-test root-demo: root-%:
+root-run root-test root-demo root-bench-fidelity: root-%:
 	$(call need_root,$*)@:
 
 packages:

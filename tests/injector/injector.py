@@ -96,4 +96,5 @@ class Injector:
             start_ns=made["start_ns"],
             end_ns=made["end_ns"],
             symbol=METHODS[kind].symbol,
+            others=tuple(made["others"]),
         )

@@ -31,6 +31,7 @@ class Kind(StrEnum):
     IRQS_OFF_TIMER = "irqs_off_timer"
     SOFTIRQ_HOG = "softirq_hog"
     CPU_CONTENTION = "cpu_contention"
+    TASK_CONTENTION = "task_contention"
 
 
 class Mode(StrEnum):
@@ -101,6 +102,12 @@ METHODS = {
         Mode.FLOOD,
         "a SCHED_FIFO task in user mode; ksoftirqd waits once packets wake it",
     ),
+    Kind.TASK_CONTENTION: Method(
+        "inj-tasks",
+        None,
+        Mode.FLOOD,
+        "ordinary tasks of high weight in user mode; ksoftirqd waits once packets wake it",
+    ),
 }
 
 
@@ -116,6 +123,7 @@ class Truth(NamedTuple):
         start_ns: CLOCK_MONOTONIC, read where the time is burned.
         end_ns: likewise.
         symbol: the function that burned it, see :class:`Method`.
+        others: further threads that took turns with ``tid``, none in most kinds.
     """
 
     kind: Kind
@@ -126,6 +134,7 @@ class Truth(NamedTuple):
     start_ns: int
     end_ns: int
     symbol: str | None
+    others: tuple[int, ...] = ()
 
     @property
     def duration_ms(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import select
 import socket
 import struct
 import time
@@ -19,6 +20,10 @@ _TRUTH = struct.Struct("=QQIII16s4x")
 _GETPPID = {"x86_64": 110, "aarch64": 173, "riscv64": 173, "ppc64le": 64, "s390x": 64}
 _MARK = {Kind.BH_OFF: 0x51000000, Kind.SOFTIRQ_HOG: 0x52000000}
 _FIFO_PRIORITY = 50
+_TASKS = 3
+_TURN = struct.Struct("=QQ")
+_ORDERED = struct.Struct("=Q")
+_TURN_TIMEOUT_S = 3.0
 _TICK_TIMEOUT_NS = 200_000_000
 _PACKET_TIMEOUT_S = 1.0
 _SO_MARK = 36
@@ -33,6 +38,7 @@ class Made(NamedTuple):
     pid: int
     tid: int
     comm: str
+    others: tuple[int, ...] = ()
 
 
 class Stall(ABC):
@@ -215,6 +221,58 @@ class CpuContention(Stall):
         return Made(start, end, self._cpu, pid, pid, METHODS[self._kind].comm)
 
 
+class TaskContention(Stall):
+    """Ordinary tasks in user mode that take turns; ksoftirqd weighs little beside them.
+
+    They are there from the beginning and sleep between stalls: nothing but them shall be busy.
+    """
+
+    def __init__(self, kind: Kind, cpu: int) -> None:
+        self._comm = METHODS[kind].comm
+        self._cpu = cpu
+        orders, self._orders = os.pipe()
+        self._reports, reports = os.pipe()
+
+        def take_turns() -> None:
+            os.close(self._orders)
+            system.outweigh()
+            os.write(reports, bytes(_TURN.size))
+            while order := os.read(orders, _ORDERED.size):
+                start = time.monotonic_ns()
+                os.write(reports, _TURN.pack(start, burn_until(*_ORDERED.unpack(order))))
+
+        self._tasks = [system.fork_task(self._comm, cpu, take_turns) for _ in range(_TASKS)]
+        os.close(orders)
+        os.close(reports)
+        self._read_turns()
+
+    def make(self, duration_ns: int) -> Made:
+        # This process is no culprit: it waits for those that are.
+        system.set_comm("inj-tasks-owner")
+        until_ns = time.monotonic_ns() + duration_ns
+        os.write(self._orders, _ORDERED.pack(until_ns) * _TASKS)
+        starts, ends = zip(*self._read_turns(), strict=True)
+        first, *others = self._tasks
+        return Made(min(starts), max(ends), self._cpu, first, first, self._comm, tuple(others))
+
+    def _read_turns(self) -> list[tuple[int, int]]:
+        """One report from each task: begin and end of its part; zeros when it is ready."""
+        data = b""
+        while len(data) < _TASKS * _TURN.size:
+            readable, _, _ = select.select([self._reports], [], [], _TURN_TIMEOUT_S)
+            chunk = os.read(self._reports, _TURN.size) if readable else b""
+            if not chunk:
+                raise UnsupportedError("a task that should contend for the CPU does not run")
+            data += chunk
+        return list(_TURN.iter_unpack(data))
+
+    def close(self) -> None:
+        for pid in self._tasks:
+            system.end_task(pid)
+        os.close(self._orders)
+        os.close(self._reports)
+
+
 def burn_until(deadline_ns: int) -> int:
     """Stay in user mode until then; return when it really was."""
     while (now := time.monotonic_ns()) < deadline_ns:
@@ -236,4 +294,6 @@ def prepare(kind: Kind, cpu: int, *, busy: bool) -> Stall:
         return IrqsOffTimer(kind, cpu)
     if kind is Kind.CPU_CONTENTION:
         return CpuContention(kind, cpu)
+    if kind is Kind.TASK_CONTENTION:
+        return TaskContention(kind, cpu)
     return Packet(kind, cpu)

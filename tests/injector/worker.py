@@ -41,6 +41,11 @@ class Worker:
         finally:
             system.set_comm("inj-worker")
 
+    def close(self) -> None:
+        """Take down what the kinds set up."""
+        for stall in self._stalls.values():
+            stall.close()
+
     def _prepare(self, kind: Kind) -> Stall:
         if not self._pinned:
             system.pin(self._cpu)
@@ -52,7 +57,11 @@ class Worker:
 def main() -> None:
     """Serve until the injector closes the pipe."""
     cpu, busy = be_child("inj-worker")
-    serve(Worker(int(cpu), busy=busy == "busy").handle)
+    worker = Worker(int(cpu), busy=busy == "busy")
+    try:
+        serve(worker.handle)
+    finally:
+        worker.close()
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ import time
 import pytest
 
 from stalld.decode import decode
+from stalld.kthreads import Watched, iterate_tasks
 from stalld.probe.btf import VMLINUX_BTF
 from stalld.probe.client import ProbeChild, bpf_directory, possible_cpus
 from stalld.probe.loader import PROGRAMS
 from stalld.probe.protocol import Request
 from stalld.reader import PerfReader
-from stalld.records import VECTORS, RecordType, Source, StallRecord
-from stalld.state import Maps, iterate_tasks
+from stalld.records import KSOFTIRQD, VECTORS, RecordType, Source, StallRecord
+from stalld.state import Maps
 from tests.injector import Injector, Kind, Mode, Pressure
 from tests.kernel.daemon import STALLED_CPU as CPU
 
@@ -25,15 +26,15 @@ NET_RX = VECTORS.index("NET_RX")
 
 def test_stalls_are_seen_at_their_end() -> None:
     """Without the sampler each kind of wait gives one closing record, with wait and stack."""
-    hooks = [hook for hook in PROGRAMS if hook != "hrtimer_expire_entry"]
+    hooks = [hook for hook in PROGRAMS if hook not in ("hrtimer_expire_entry", "lookback")]
     probes = ProbeChild(Request(possible_cpus(), str(bpf_directory()), VMLINUX_BTF, hooks)).result()
     records: list[StallRecord] = []
     try:
         assert "link:hrtimer_expire_entry" not in probes.fds
         maps = Maps(probes.fds["map:cpus"], probes.fds["map:config"], possible_cpus())
-        maps.learn_ksoftirqd(iterate_tasks(probes.fds["iter:task"]))
+        Watched(probes.fds["map:watched"], maps, ()).learn(iterate_tasks(probes.fds["iter:task"]))
         reader = PerfReader(probes.fds["map:events"], lambda data: records.append(decode(data)))
-        maps.watch(THRESHOLD_NS, 4_000_000, 1 << NET_RX, 16)
+        maps.watch(THRESHOLD_NS, tick_ns=4_000_000, vec_mask=1 << NET_RX, max_samples=16)
         with Injector(CPU) as injector:
             with Pressure(CPU, Mode.PING) as pressure:
                 held = injector.inject(Kind.BH_OFF, 40, pressure=pressure)
@@ -55,7 +56,7 @@ def test_stalls_are_seen_at_their_end() -> None:
     assert late[0].kernel_stack
     waits = [r for r in ours if r.source is Source.SWITCH and r.time_ns >= ran[0].start_ns]
     assert len(waits) >= 3
-    assert all(r.ksoftirqd_wait_ns >= THRESHOLD_NS for r in waits)
+    assert all(r.waiter_ns[KSOFTIRQD] >= THRESHOLD_NS for r in waits)
     assert all(r.kernel_stack for r in waits)
     # What ran in between is counted from the wait's begin on, although no tick began the stall.
     assert any(r.switches for r in waits)

@@ -1,4 +1,4 @@
-"""Task pointers: learned at once or at the first wake-up, believed only while the pid agrees."""
+"""Task pointers: learned at once or when ksoftirqd works, believed only while the pid agrees."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from contextlib import ExitStack
 
 import pytest
 
+from stalld.kthreads import Bucket, Watched, iterate_tasks, ksoftirqd_pids
 from stalld.probe.client import load_probes, possible_cpus
-from stalld.state import Maps, iterate_tasks, ksoftirqd_pids
+from stalld.records import KSOFTIRQD
+from stalld.state import Maps, Waiter
 from tests.injector import Injector, Kind, KsoftirqdTruth, Mode, Pressure
 from tests.kernel.daemon import STALLED_CPU as CPU
 
@@ -27,7 +29,26 @@ class Loaded:
         stack.callback(self.probes.close)
         fds = self.probes.fds
         self.maps = Maps(fds["map:cpus"], fds["map:config"], possible_cpus())
+        self.watched = Watched(fds["map:watched"], self.maps, ())
         self.link = fds["iter:task"]
+
+    def learn(self) -> dict[int, int]:
+        """What the task iterator tells; CPU → pid of each ksoftirqd."""
+        return self.watched.learn(iterate_tasks(self.link))
+
+    def ksoftirqd(self, cpu: int = CPU) -> Waiter:
+        """What the kernel knows of a CPU's ksoftirqd."""
+        waiter: Waiter = self.maps.cpus[cpu].waiters[KSOFTIRQD]
+        return waiter
+
+    def bucket(self, pointer: int) -> tuple[Bucket, int]:
+        """Where a wake-up of that task is looked up: the bucket, and its place there."""
+        return next(
+            (bucket, place)
+            for bucket in self.watched._buckets
+            for place, task in enumerate(bucket.task)
+            if task == pointer
+        )
 
     def wake_ksoftirqd(self, until: Callable[[], bool]) -> None:
         """Make the kernel wake ksoftirqd of ``CPU`` until something comes true."""
@@ -51,29 +72,36 @@ def loaded() -> Iterator[Loaded]:
 
 def test_iterator_and_proc_agree(loaded: Loaded) -> None:
     """The task iterator finds the same ksoftirqd as /proc, each with a kernel address."""
-    found = loaded.maps.learn_ksoftirqd(iterate_tasks(loaded.link))
+    found = loaded.learn()
     assert found == ksoftirqd_pids()
-    assert all(loaded.maps.cpus[cpu].ksoftirqd >> 63 for cpu in found)
+    assert all(loaded.ksoftirqd(cpu).task >> 63 for cpu in found)
+    for cpu, pid in found.items():
+        bucket, place = loaded.bucket(loaded.ksoftirqd(cpu).task)
+        assert (bucket.pid[place], bucket.cpu[place]) == (pid, cpu)
 
 
-def test_pointer_is_learned_at_the_first_wakeup(loaded: Loaded) -> None:
-    """Where tasks cannot be iterated, a CPU learns its ksoftirqd's pointer when that is woken."""
-    loaded.maps.learn_ksoftirqd_pids(ksoftirqd_pids())
-    state = loaded.maps.cpus[CPU]
-    loaded.wake_ksoftirqd(lambda: bool(state.ksoftirqd))
-    learned = state.ksoftirqd
-    loaded.maps.learn_ksoftirqd(iterate_tasks(loaded.link))
-    assert state.ksoftirqd == learned
+def test_pointer_is_learned_when_ksoftirqd_works(loaded: Loaded) -> None:
+    """Where tasks cannot be iterated, a CPU learns its ksoftirqd's pointer from its work."""
+    loaded.watched.learn_pids(ksoftirqd_pids())
+    assert not loaded.ksoftirqd().task
+    loaded.wake_ksoftirqd(lambda: bool(loaded.ksoftirqd().task))
+    learned = loaded.ksoftirqd().task
+    loaded.watched.learn_pids(ksoftirqd_pids())
+    bucket, place = loaded.bucket(learned)
+    assert (bucket.pid[place], bucket.cpu[place]) == (loaded.ksoftirqd().pid, CPU)
+    loaded.learn()
+    assert loaded.ksoftirqd().task == learned
 
 
 def test_stale_pointer_is_dropped(loaded: Loaded) -> None:
     """A pointer whose task has another pid by now is dropped, counted, and learned anew."""
-    loaded.maps.learn_ksoftirqd(iterate_tasks(loaded.link))
-    state = loaded.maps.cpus[CPU]
-    pointer, pid = state.ksoftirqd, state.ksoftirqd_pid
-    state.ksoftirqd_pid = NOBODY
-    loaded.wake_ksoftirqd(lambda: state.stale > 0)
-    assert state.ksoftirqd == 0
-    assert state.ksoftirqd_since == 0
-    loaded.maps.learn_ksoftirqd(iterate_tasks(loaded.link))
-    assert (state.ksoftirqd, state.ksoftirqd_pid) == (pointer, pid)
+    loaded.learn()
+    pointer, pid = loaded.ksoftirqd().task, loaded.ksoftirqd().pid
+    bucket, place = loaded.bucket(pointer)
+    bucket.pid[place] = NOBODY
+    loaded.wake_ksoftirqd(lambda: loaded.maps.total("stale") > 0)
+    assert bucket.task[place] == 0
+    assert loaded.ksoftirqd().since_ns == 0
+    loaded.learn()
+    bucket, place = loaded.bucket(pointer)
+    assert (bucket.pid[place], bucket.cpu[place]) == (pid, CPU)

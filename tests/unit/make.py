@@ -1,29 +1,47 @@
-"""Makes records and observations for tests: every field has a plain value unless told."""
+"""Makes records, observations and hosts for tests: every field has a plain value unless told."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from stalld.decode import HEAD
+from stalld.decode import HEAD, TICK
 from stalld.records import (
+    LOOKBACK_DEPTH,
+    LOOKBACK_SAMPLES,
+    NAPI_SLOTS,
     USER_STACK_DEPTH,
     VEC_NONE,
     VECTORS,
+    WAITERS,
     RecordType,
     Source,
     StallRecord,
+    TickSample,
 )
-from stalld.track.stall import Observation
+from stalld.rings import NapiSlot, Rings
+from stalld.state import CpuState, Maps, WatchConfig
+from stalld.track.model import History, Observation, Tick
 
 MS = 1_000_000
 T0 = 1_000_000 * MS
 """When stalls begin, unless told."""
 THRESHOLD = 10 * MS
+TICK_NS = 4 * MS
 
 
 def waits(**by_name: int) -> tuple[int, ...]:
     """One wait per vector, those named."""
     return tuple(by_name.get(name, 0) for name in VECTORS)
+
+
+def waiters(ksoftirqd: int = 0, *others: int) -> tuple[int, ...]:
+    """One wait, or one pid, per watched thread."""
+    return (ksoftirqd, *others, *[0] * (WAITERS - 1 - len(others)))
 
 
 def record(**changes: Any) -> StallRecord:
@@ -35,20 +53,31 @@ def record(**changes: Any) -> StallRecord:
         "seq": 1,
         "time_ns": T0 + 12 * MS,
         "started_ns": T0,
-        "ksoftirqd_wait_ns": 0,
-        "serving_ns": 0,
+        "late_ns": 0,
+        "served_ns": 0,
+        "steal_ns": 0,
+        "net_rx_ns": 0,
         "cgroup_id": 77,
         "wait_ns": waits(),
+        "waiter_ns": waiters(),
+        "waiter_pid": waiters(16),
         "tgid": 100,
         "tid": 101,
         "task_flags": 0,
         "policy": 0,
         "prio": 120,
         "serving_vec": VEC_NONE,
-        "ksoftirqd_pid": 16,
+        "served_vec": VEC_NONE,
         "switches": 0,
         "sample_nr": 1,
         "lost": 0,
+        "net_rx_runs": 0,
+        "processed": 0,
+        "squeezed": 0,
+        "napi_ifindex": 0,
+        "napi_work": 0,
+        "napi_budget": 0,
+        "napi_name": b"",
         "comm": b"spinner",
         "kernel_stack": (),
         "user_stack": (),
@@ -83,13 +112,76 @@ def close(samples: int, at_ms: int, **changes: Any) -> Observation:
     return observation(**(how | changes))
 
 
+def tick(at_ms: float, **changes: Any) -> TickSample:
+    """What the ring says of the tick ``at_ms`` after a stall began, before it if negative."""
+    fields: dict[str, Any] = {
+        "time_ns": T0 + round(at_ms * MS),
+        "steal_ns": 0,
+        "net_rx_ns": 0,
+        "net_rx_runs": 0,
+        "processed": 0,
+        "squeezed": 0,
+        "tgid": 100,
+        "tid": 101,
+        "policy": 0,
+        "prio": 120,
+        "comm": b"spinner",
+        "stack": (0x10, 0x20),
+    }
+    return TickSample(**(fields | changes))
+
+
+class MadeHost:
+    """A machine that answers as it is told, and counts how often it was asked for history.
+
+    Args:
+        before: what the kernel kept when a stall was first heard of.
+        meanwhile: at each look after that.
+    """
+
+    def __init__(
+        self,
+        before: History = History(),  # noqa: B008 - it is frozen
+        meanwhile: History = History(),  # noqa: B008
+        *,
+        inline: bool | None = True,
+        tells_steal: bool = True,
+    ) -> None:
+        self.before = before
+        self.meanwhile = meanwhile
+        self.inline = inline
+        self.steal_told = tells_steal
+        self.looks = 0
+
+    def history(self, cpu: int) -> History:
+        """``before`` the first time."""
+        self.looks += 1
+        return self.before if self.looks == 1 else self.meanwhile
+
+    def explain(self, sample: TickSample) -> Tick:
+        """Each address has a name; without any the tick came in user mode."""
+        frames = tuple(f"f{address:x}+0x1" for address in sample.stack)
+        return Tick(sample, "kernel" if frames else "user", frames)
+
+    def serves_inline(self) -> bool | None:
+        """As told."""
+        return self.inline
+
+    def tells_steal(self, cpu: int) -> bool:
+        """As told."""
+        return self.steal_told
+
+
 def encode(given: StallRecord, padding: int = 0) -> bytes:
     """The bytes that the kernel would write, and what the perf buffer adds."""
     user = given.user_stack + (0,) * (USER_STACK_DEPTH - len(given.user_stack))
+    fields = given._asdict()
+    words: list[Any] = []
+    for name in list(fields)[: list(fields).index("napi_name")]:
+        words += fields[name] if isinstance(fields[name], tuple) else [fields[name]]
     head = HEAD.pack(
-        *given[:9],
-        *given.wait_ns,
-        *given[10:20],
+        *words,
+        given.napi_name,
         len(given.kernel_stack) * 8,
         len(given.user_stack) * 8,
         given.comm,
@@ -97,3 +189,56 @@ def encode(given: StallRecord, padding: int = 0) -> bytes:
     )
     stack = b"".join(address.to_bytes(8, "little") for address in given.kernel_stack)
     return head + stack + bytes(padding)
+
+
+def encode_tick(given: TickSample) -> bytes:
+    """The bytes of one entry of the ring, its unused frames left from another one."""
+    *numbers, comm, stack = given
+    rest = (0xDEAD,) * (LOOKBACK_DEPTH - len(stack))
+    return TICK.pack(*numbers, len(stack) * 8, comm, *stack, *rest)
+
+
+@contextmanager
+def memory(size: int) -> Iterator[int]:
+    """A descriptor that can be mapped as that of a BPF array can."""
+    fd = os.memfd_create("map")
+    os.ftruncate(fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def maps(cpus: int = 4) -> Maps:
+    """The shared maps, in memory of our own."""
+    with (
+        memory(ctypes.sizeof(CpuState) * cpus) as cpus_fd,
+        memory(ctypes.sizeof(WatchConfig)) as config_fd,
+    ):
+        return Maps(cpus_fd, config_fd, cpus)
+
+
+def rings(maps: Maps) -> Rings:
+    """The rings and NAPI tables of these CPUs, likewise."""
+    cpus = len(maps.cpus)
+    with (
+        memory(cpus * LOOKBACK_SAMPLES * TICK.size) as rings_fd,
+        memory(cpus * NAPI_SLOTS * ctypes.sizeof(NapiSlot)) as napis_fd,
+    ):
+        return Rings(rings_fd, napis_fd, maps)
+
+
+def keep(rings: Rings, cpu: int, given: TickSample) -> None:
+    """Write one tick into a ring as ``handle_tick`` does."""
+    at = place(rings, cpu)
+    raw = encode_tick(given)
+    rings._samples[at : at + 8] = bytes(8)
+    rings._samples[at + 8 : at + TICK.size] = raw[8:]
+    rings._samples[at : at + 8] = raw[:8]
+    rings._cpus[cpu].ticks += 1
+
+
+def place(rings: Rings, cpu: int) -> int:
+    """Where the next tick of a CPU goes."""
+    number = int(rings._cpus[cpu].ticks) % LOOKBACK_SAMPLES
+    return (cpu * LOOKBACK_SAMPLES + number) * TICK.size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,31 +14,72 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, ValidationError
 
-from stalld import events
+from stalld import bookends, events
+from stalld.config import Settings
 from stalld.errors import DecodeError
 from stalld.pipeline import Pipeline
 from stalld.probe.protocol import Attached, Description, Missing
-from stalld.service import Service, Settings
+from stalld.records import RecordType, Source
+from stalld.rings import Polled
 from stalld.sinks.emitter import Emitter
-from stalld.state import CpuState, Maps
-from stalld.track.stall import Ended, Phase, Tracker, Update
-from stalld.track.verdict import HINTS, Verdict
-from tests.unit.make import MS, T0, THRESHOLD, close, encode, record, sample, waits
+from stalld.track.fold import Folder
+from stalld.track.hints import hint
+from stalld.track.model import Ended, Handler, History, Net, Phase, Tick, Update
+from stalld.track.stall import Tracker
+from stalld.track.verdict import Verdict
+from tests.unit import make
+from tests.unit.make import (
+    MS,
+    T0,
+    THRESHOLD,
+    TICK_NS,
+    MadeHost,
+    close,
+    encode,
+    record,
+    sample,
+    tick,
+    waiters,
+    waits,
+)
 from tests.unit.schema import SCHEMA, VALIDATOR, parse
 
 WALL = 1_767_323_045_678_901_234
+HOSTILE = [
+    (b"two\nlines\r", "two\nlines\r"),
+    (b'"},{"x":"', '"},{"x":"'),
+    (b"\x1b[2J\x1b]0;t\x07", "\x1b[2J\x1b]0;t\x07"),
+    (b"caf\xc3\xa9", "café"),
+    (b"cut off \xc3", "cut off \\xc3"),
+    (b"\xff\xfe\x80", "\\xff\\xfe\\x80"),
+    (b"\xed\xa0\x80", "\\xed\\xa0\\x80"),
+    (b"\xe2\x80\xa8\xe2\x80\xae", "\u2028\u202e"),
+    (b"", ""),
+]
+"""Names that a task or device may have, and how an event shows them."""
 
 
-def updates(**changes: Any) -> list[Update]:
+def updates(host: MadeHost | None = None, **changes: Any) -> list[Update]:
     """Both lines of one stall."""
-    given = Tracker(THRESHOLD, lambda: True)
-    waiting = {"wait_ns": waits(NET_RX=50 * MS), "ksoftirqd_wait_ns": 11 * MS} | changes
+    given = Tracker(THRESHOLD, TICK_NS, host or MadeHost())
+    waiting = {"wait_ns": waits(NET_RX=50 * MS), "waiter_ns": waiters(11 * MS)} | changes
     return given.observe(sample(1, 50, **waiting)) + given.observe(close(1, 60, **waiting))
 
 
-def stall(update: Update) -> events.Event:
+def stall(update: Update, names: dict[int, bytes] | None = None) -> events.Event:
     """The event of one update."""
-    return events.stall(update, stall_id="b-1-0-1", boot_wall_ns=WALL - T0, sampler="tick")
+    return events.stall(
+        update,
+        stall_id="b-1-0-1",
+        boot_wall_ns=WALL - T0,
+        sampler="tick",
+        names={} if names is None else names,
+    )
+
+
+def told(update: Update, names: dict[int, bytes] | None = None) -> dict[str, Any]:
+    """The event, written and read again."""
+    return parse(line("stall", "warning", stall(update, names)))
 
 
 def line(event: str, level: str, fields: events.Event) -> bytes:
@@ -85,22 +126,71 @@ def test_milliseconds(ns: int, ms: float) -> None:
 def test_levels(longest_ms: int, level: str) -> None:
     """The longest starved vector decides; what ksoftirqd alone waited is info."""
     starved = {"TIMER": THRESHOLD, "NET_RX": longest_ms * MS} if longest_ms else {}
-    (update, _) = updates(ksoftirqd_wait_ns=900 * MS)
+    (update, _) = updates(waiter_ns=waiters(900 * MS, 900 * MS))
     assert events.stall_level(update._replace(starved=starved), THRESHOLD) == level
+
+
+@pytest.mark.parametrize(
+    ("late_ms", "starved_ms", "level"),
+    [(10, 0, "warning"), (99, 0, "warning"), (100, 0, "error"), (10, 100, "error")],
+)
+def test_levels_of_late_ticks(late_ms: int, starved_ms: int, level: str) -> None:
+    """Interrupts starve while none can come: a late tick counts like a vector's wait."""
+    starved = {"NET_RX": starved_ms * MS} if starved_ms else {}
+    (update, _) = updates()
+    late = update._replace(late_ns=late_ms * MS, starved=starved)
+    assert events.stall_level(late, THRESHOLD) == level
 
 
 def test_a_whole_stall() -> None:
     """Every key of the contract, with the values that the records gave."""
-    (update, _) = updates(user_stack=(0x7F00,), policy=1, mode="kernel")
-    assert stall(update) == {
-        "phase": "ongoing",
+    before = History(
+        [tick(-4, net_rx_runs=3, net_rx_ns=MS, processed=7, squeezed=1, steal_ns=2 * MS)],
+        {(2, b"eth0"): Polled(5, 50, 1)},
+    )
+    meanwhile = History((), {(2, b"eth0"): Polled(7, 114, 2), (0, b""): Polled(1, 1, 0)})
+    *_, update = updates(
+        MadeHost(before, meanwhile),
+        user_stack=(0x7F00,),
+        policy=1,
+        prio=49,
+        mode="kernel",
+        waiter_ns=waiters(11 * MS, 12 * MS, 9 * MS, 40 * MS),
+        waiter_pid=waiters(16, 40, 50, 60),
+        late_ns=12_345_678,
+        steal_ns=3 * MS,
+        served_ns=11 * MS,
+        served_vec=3,
+        napi_ifindex=2,
+        napi_name=b"eth0",
+        napi_work=64,
+        napi_budget=64,
+        net_rx_runs=5,
+        net_rx_ns=4 * MS,
+        processed=71,
+        squeezed=2,
+    )
+    event = stall(update, {40: b"napi/eth0-8193", 50: b"irq/30-nvme"})
+    assert event == {
+        "phase": "resolved",
         "stall_id": "b-1-0-1",
         "cpu": 0,
         "started_at": "2026-01-02T03:04:05.678901Z",
-        "duration_ms": 50.0,
+        "duration_ms": 60.0,
         "verdict": "softirqs_disabled",
         "starved": {"NET_RX": 50.0},
         "ksoftirqd": {"pid": 16, "runnable_ms": 11.0},
+        "waiting": [
+            {"pid": 40, "comm": "napi/eth0-8193", "runnable_ms": 12.0},
+            {"pid": 60, "comm": None, "runnable_ms": 40.0},
+        ],
+        "handler": {
+            "vector": "NET_RX",
+            "service_ms": 11.0,
+            "device": "eth0",
+            "work": 64,
+            "budget": 64,
+        },
         "blocker": {
             "pid": 100,
             "tid": 101,
@@ -108,6 +198,8 @@ def test_a_whole_stall() -> None:
             "cmdline": None,
             "mode": "kernel",
             "policy": "fifo",
+            "rt_priority": 50,
+            "nice": None,
             "cgroup": None,
             "unit": None,
             "container_id": None,
@@ -124,26 +216,187 @@ def test_a_whole_stall() -> None:
             "expected": 1,
             "lost": 0,
             "switches": 0,
-            "ended": None,
+            "late_ms": 12.346,
+            "stolen_ms": 1.0,
+            "serves_inline": True,
+            "ended": "record",
         },
-        "lookback": None,
-        "net": None,
-        "hint": HINTS[Verdict.SOFTIRQS_DISABLED],
+        "lookback": [
+            {
+                "ago_ms": 4.0,
+                "comm": "spinner",
+                "pid": 100,
+                "mode": "kernel",
+                "stack": ["f10+0x1", "f20+0x1"],
+                "ticks": 1,
+            }
+        ],
+        "net": {
+            "net_rx_runs": 2,
+            "net_rx_ms": 3.0,
+            "packets": 64,
+            "time_squeeze": 1,
+            "napi": [
+                {"device": "eth0", "ifindex": 2, "polls": 2, "packets": 64, "exhausted": 1},
+                {"device": None, "ifindex": None, "polls": 1, "packets": 1, "exhausted": 0},
+            ],
+        },
+        "hint": hint(update),
     }
+    parse(line("stall", "warning", event))
+
+
+def test_the_first_line() -> None:
+    """It has the same keys; what ran before is not looked up for it."""
+    first, last = map(stall, updates(MadeHost(History([tick(-4)]))))
+    assert first.keys() == last.keys()
+    assert (first["lookback"], first["evidence"]["ended"]) == (None, None)
+    assert len(last["lookback"]) == 1
 
 
 def test_what_is_not_known_is_null() -> None:
-    """No ksoftirqd that waited, no blocker, a policy without a name, no hint."""
-    (update, _) = updates(policy=99, ksoftirqd_wait_ns=0, mode=None)
-    event = stall(update)
-    assert event["ksoftirqd"] is None
+    """Nobody that waited, no blocker, a policy without a name, no steal clock, no hint."""
+    (update, _) = updates(policy=99, waiter_ns=waiters(), mode=None)
+    event = told(update)
+    assert (event["ksoftirqd"], event["waiting"], event["handler"]) == (None, [], None)
     assert event["blocker"]["policy"] is None
     assert event["blocker"]["mode"] is None
     assert event["verdict"] == "unknown"
     assert event["hint"] is None
-    nobody = stall(update._replace(blocker=None, kernel_stack=(), captured="none"))
+    assert event["evidence"]["stolen_ms"] is None
+    assert (event["net"]["packets"], event["net"]["time_squeeze"]) == (None, None)
+    nobody = told(update._replace(blocker=None, kernel_stack=(), captured="none"))
     assert nobody["blocker"] is None
-    parse(line("stall", "warning", nobody))
+
+
+@pytest.mark.parametrize("nmi", [False, True])
+@pytest.mark.parametrize("sampler", ["tick", "none"])
+def test_samplers(nmi: bool, sampler: str) -> None:
+    """The sampler is the one that took the stack, which is not always the usual one."""
+    (update, _) = updates()
+    fields = events.stall(
+        update._replace(nmi=nmi), stall_id="i", boot_wall_ns=0, sampler=sampler, names={}
+    )
+    event = parse(line("stall", "warning", fields))
+    assert event["evidence"]["sampler"] == ("nmi" if nmi else sampler)
+
+
+PRIORITIES = [
+    (1, 49, 50, None),  # SCHED_FIFO 50
+    (1, 0, 99, None),
+    (2, 98, 1, None),
+    (6, 0xFFFFFFFF, None, None),  # a deadline task has -1
+    (0, 100, None, -20),
+    (0, 120, None, 0),
+    (3, 139, None, 19),
+    (0, 88, 11, None),  # inherited from a waiter
+    (0, 99, None, None),  # no task has these
+    (0, 140, None, None),
+]
+
+
+@pytest.mark.parametrize(("policy", "prio", "rt_priority", "nice"), PRIORITIES)
+def test_priorities(policy: int, prio: int, rt_priority: int | None, nice: int | None) -> None:
+    """The kernel's one scale as the two that people know."""
+    (update, _) = updates(policy=policy, prio=prio)
+    blocker = told(update)["blocker"]
+    assert (blocker["rt_priority"], blocker["nice"]) == (rt_priority, nice)
+
+
+@given(st.integers(0, 0xFFFFFFFF))
+def test_any_priority(prio: int) -> None:
+    """Whatever a record holds stays within the schema, and is one of the two or neither."""
+    (update, _) = updates(prio=prio)
+    blocker = told(update)["blocker"]
+    assert None in (blocker["rt_priority"], blocker["nice"])
+
+
+class TestLookback:
+    """What ran before, as few entries as tell it."""
+
+    def entries(self, *ticks: Tick) -> list[dict[str, Any]]:
+        """Of these ticks."""
+        (_, update) = updates()
+        found: list[dict[str, Any]] = told(update._replace(lookback=ticks))["lookback"]
+        return found
+
+    def seen(self, at_ms: float, *frames: str, mode: str = "kernel", **changes: Any) -> Tick:
+        """One tick."""
+        return Tick(tick(at_ms, **changes), mode, frames)
+
+    def test_ticks_that_show_the_same(self) -> None:
+        """In a row they are one entry, that of the first; offsets make no difference."""
+        entries = self.entries(
+            self.seen(-20, "a+0x1", "b+0x1"),
+            self.seen(-16, "a+0x2", "b+0x3"),
+            self.seen(-12, "a+0x1", "b+0x1"),
+            self.seen(-8, "b+0x1"),
+            self.seen(-4.5, "a+0x1", "b+0x1"),
+        )
+        assert [(entry["ago_ms"], entry["ticks"]) for entry in entries] == [
+            (20.0, 3),
+            (8.0, 1),
+            (4.5, 1),
+        ]
+        assert entries[0]["stack"] == ["a+0x1", "b+0x1"]
+
+    @pytest.mark.parametrize(
+        "changes", [{"tid": 7}, {"mode": "softirq"}, {"frames": ("other+0x1",)}]
+    )
+    def test_ticks_that_differ(self, changes: dict[str, Any]) -> None:
+        """Another thread, context or path is another entry."""
+        frames = changes.pop("frames", ("a+0x1",))
+        entries = self.entries(self.seen(-8, "a+0x1"), self.seen(-4, *frames, **changes))
+        assert [entry["ticks"] for entry in entries] == [1, 1]
+
+    def test_no_tick_is_lost(self) -> None:
+        """The entries' counts are those of all ticks."""
+        ticks = [self.seen(n - 64, f"f{n // 7 % 3}+{n:#x}", tid=n // 20) for n in range(64)]
+        assert sum(entry["ticks"] for entry in self.entries(*ticks)) == 64
+
+    def test_deep_stacks(self) -> None:
+        """Of a deep stack the innermost frames are shown, yet all of them tell ticks apart."""
+        deep = [f"f{n}+0x1" for n in range(48)]
+        entries = self.entries(self.seen(-8, *deep, "x+0x1"), self.seen(-4, *deep, "y+0x1"))
+        assert [entry["stack"] for entry in entries] == [deep[:12], deep[:12]]
+
+    def test_user_mode(self) -> None:
+        """It has no stack."""
+        (entry,) = self.entries(self.seen(-4, mode="user"))
+        assert (entry["mode"], entry["stack"], entry["pid"]) == ("user", [], 100)
+
+    def test_nothing(self) -> None:
+        """Nothing kept is an empty list."""
+        assert self.entries() == []
+
+    def test_the_longest_line(self) -> None:
+        """64 ticks that all differ fit into a line of journald, 48 KiB, with deep stacks."""
+        frames = [f"entry_SYSCALL_64_after_hwframe{n}+0x76" for n in range(20)]
+        ticks = [self.seen(n - 64, *frames, tid=n, comm=b"0123456789abcdef") for n in range(64)]
+        (_, update) = updates(frames=tuple(frames * 6), user_stack=(2**64 - 1,) * 27)
+        written = line("stall", "warning", stall(update._replace(lookback=tuple(ticks))))
+        assert len(written) < 48 * 1024
+
+
+@pytest.mark.parametrize("vec", range(10))
+@pytest.mark.parametrize("polled", [(None, None, None), (b"eth0", 0, 64), (b"backlog", 64, 64)])
+def test_every_handler_validates(vec: int, polled: Any) -> None:
+    """All vectors are in the schema, with a device and without."""
+    (_, update) = updates()
+    handler = told(update._replace(handler=Handler(vec, 12 * MS, *polled)))["handler"]
+    assert handler["vector"] == list(SCHEMA["$defs"]["vector"]["enum"])[vec]
+    assert (handler["device"], handler["work"]) == (polled[0] and polled[0].decode(), polled[1])
+
+
+def test_devices() -> None:
+    """The CPU's own queue has a name and no number, what could not be told apart has neither."""
+    polled = {
+        (2, b"eth0"): Polled(1, 2, 0),
+        (0, b"backlog"): Polled(3, 4, 1),
+        (0, b""): Polled(5, 6, 0),
+    }
+    shown = [(each["device"], each["ifindex"]) for each in events.napi(polled)]
+    assert shown == [("eth0", 2), ("backlog", None), (None, None)]
 
 
 @pytest.mark.parametrize("mode", ["kernel", "user", "softirq", "hardirq", "idle", None])
@@ -162,33 +415,37 @@ def test_every_end_validates(verdict: Verdict, ended: Ended) -> None:
     parse(line("stall", "error", stall(update._replace(verdict=verdict, ended=ended))))
 
 
-@pytest.mark.parametrize(
-    ("comm", "shown"),
-    [
-        (b"two\nlines\r", "two\nlines\r"),
-        (b'"},{"x":"', '"},{"x":"'),
-        (b"\x1b[2J\x1b]0;t\x07", "\x1b[2J\x1b]0;t\x07"),
-        (b"caf\xc3\xa9", "café"),
-        (b"cut off \xc3", "cut off \\xc3"),
-        (b"\xff\xfe\x80", "\\xff\\xfe\\x80"),
-        (b"\xed\xa0\x80", "\\xed\\xa0\\x80"),
-        (b"\xe2\x80\xa8\xe2\x80\xae", "\u2028\u202e"),
-        (b"", ""),
-    ],
+@pytest.mark.parametrize(("name", "shown"), HOSTILE)
+def test_hostile_names(name: bytes, shown: str) -> None:
+    """Whatever tasks, threads and devices are called, the line is one line with those names."""
+    (_, update) = updates(comm=name, waiter_ns=waiters(0, 12 * MS), waiter_pid=waiters(16, 40))
+    update = update._replace(
+        handler=Handler(3, 12 * MS, name, 1, 64),
+        lookback=(Tick(tick(-4, comm=name), "user", ()),),
+        net=Net(1, MS, 1, 0, {(2, name): Polled(1, 1, 0)}),
+    )
+    written = line("stall", "warning", stall(update, {40: name}))
+    event = parse(written)
+    assert b"\x1b" not in written
+    assert event["blocker"]["comm"] == event["waiting"][0]["comm"] == shown
+    assert event["handler"]["device"] == event["lookback"][0]["comm"] == shown
+    assert event["net"]["napi"][0]["device"] == (shown or None)
+
+
+@given(
+    st.binary(max_size=16),
+    st.binary(max_size=16),
+    st.lists(st.text(st.characters(codec="utf-8")), max_size=3),
 )
-def test_hostile_names(comm: bytes, shown: str) -> None:
-    """Whatever a task calls itself, the line is one line of valid JSON with that name."""
-    for update in updates(comm=comm):
-        written = line("stall", "warning", stall(update))
-        assert parse(written)["blocker"]["comm"] == shown
-        assert b"\x1b" not in written
-
-
-@given(st.binary(max_size=16), st.lists(st.text(st.characters(codec="utf-8")), max_size=3))
-def test_any_name(comm: bytes, frames: list[str]) -> None:
+def test_any_name(comm: bytes, device: bytes, frames: list[str]) -> None:
     """The same for names and frames that nobody thought of."""
     for update in updates(comm=comm, frames=tuple(frames)):
-        assert parse(line("stall", "warning", stall(update)))["stack"]["kernel"] == frames
+        named = update._replace(
+            handler=Handler(3, 12 * MS, device, 1, 64),
+            lookback=(Tick(tick(-4, comm=comm), "kernel", tuple(frames)),),
+        )
+        event = told(named)
+        assert event["stack"]["kernel"] == event["lookback"][0]["stack"] == frames
 
 
 class Symbols:
@@ -211,18 +468,28 @@ def pipeline(
     stream: io.BytesIO,
     bad: Callable[[DecodeError], None] = lambda error: None,
     mode: str = "kernel",
+    hotplug: Callable[[int], None] = lambda cpu: None,
+    per_minute: int = 5,
 ) -> Pipeline:
     """A pipeline without a kernel, 70 ms after the stall began."""
     symbols: Any = Symbols(mode)
     return Pipeline(
-        Tracker(THRESHOLD, lambda: True),
+        Tracker(THRESHOLD, TICK_NS, MadeHost()),
+        Folder(per_minute, THRESHOLD),
         symbols,
         Emitter(stream, "json", lambda: WALL, "host"),
+        names={40: b"napi/eth0-8193"},
         id_prefix="boot-1",
         sampler="tick",
         clocks_ns=lambda: (T0 + 70 * MS, WALL),
         on_bad_record=bad,
+        on_hotplug=hotplug,
     )
+
+
+def lines(stream: io.BytesIO) -> list[dict[str, Any]]:
+    """All that was written."""
+    return [parse(each) for each in stream.getvalue().splitlines(keepends=True)]
 
 
 class TestPipeline:
@@ -234,7 +501,7 @@ class TestPipeline:
         given = pipeline(stream)
         given.take(encode(record(kernel_stack=(1, 2), wait_ns=waits(NET_RX=12 * MS))))
         given.take(encode(close(1, 50, wait_ns=waits(NET_RX=50 * MS)).record))
-        first, last = map(parse, stream.getvalue().splitlines(keepends=True))
+        first, last = lines(stream)
         assert (first["phase"], last["phase"]) == ("ongoing", "resolved")
         assert first["stall_id"] == last["stall_id"] == "boot-1-0-1"
         assert first["started_at"] == last["started_at"] == events.rfc3339(WALL - 70 * MS)
@@ -264,7 +531,7 @@ class TestPipeline:
     ) -> None:
         """A sample that met another interrupt still tells where the task itself was."""
         stream = io.BytesIO()
-        waiting = record(kernel_stack=(1, 2, 3)[:depth], tid=tid, ksoftirqd_wait_ns=12 * MS)
+        waiting = record(kernel_stack=(1, 2, 3)[:depth], tid=tid, waiter_ns=waiters(12 * MS))
         pipeline(stream, mode=mode).take(encode(waiting))
         event = parse(stream.getvalue())
         assert (event["blocker"]["mode"], event["verdict"]) == (mode, verdict)
@@ -285,7 +552,7 @@ class TestPipeline:
         given.take(encode(record()))
         given.take_lost(0, 3)
         given.finish()
-        _, lost, resolved = map(parse, stream.getvalue().splitlines(keepends=True))
+        _, lost, resolved = lines(stream)
         assert (lost["event"], lost["level"], lost["count"]) == ("records_lost", "warning", 3)
         assert (resolved["evidence"]["lost"], given.lost) == (3, 3)
         assert (resolved["evidence"]["ended"], resolved["duration_ms"]) == ("shutdown", 70.0)
@@ -299,51 +566,147 @@ class TestPipeline:
         given.expire(lambda cpu: active)
         assert given.tracker.open
 
+    def test_hotplug(self) -> None:
+        """A CPU that comes or goes is told to the service, and is no record of a stall."""
+        stream = io.BytesIO()
+        told: list[int] = []
+        given = pipeline(stream, hotplug=told.append)
+        given.take(encode(record(type=RecordType.HOTPLUG, source=Source.HOTPLUG, cpu=3)))
+        assert (told, given.records, stream.getvalue()) == ([3], 0, b"")
 
-def service(stream: io.BytesIO) -> Service:
-    """A service that believes it is attached."""
-    log: Any = None
-    made: Any = Service(Settings(), Emitter(stream, "json", lambda: WALL, "host"), log)
-    description = Description(
+    @pytest.mark.parametrize("source", list(Source)[:5])
+    def test_every_source(self, source: Source) -> None:
+        """Each hook's record has a stack that is understood."""
+        stream = io.BytesIO()
+        pipeline(stream).take(encode(record(source=source, kernel_stack=(1, 2), late_ns=12 * MS)))
+        (event,) = lines(stream)
+        assert event["stack"]["kernel"] == ["own+0x1"]
+        during = source in (Source.TICK, Source.NMI) and event["verdict"] != "irqs_disabled"
+        assert (event["stack"]["captured"] == "during") is (during or source is Source.NMI)
+
+    def test_names_of_waiters(self) -> None:
+        """Threads that wait have the names that the service knows."""
+        stream = io.BytesIO()
+        waiting = {"waiter_ns": waiters(0, 12 * MS), "waiter_pid": waiters(16, 40)}
+        pipeline(stream).take(encode(record(**waiting)))
+        assert lines(stream)[0]["waiting"][0]["comm"] == "napi/eth0-8193"
+
+    def test_a_storm_is_folded(self) -> None:
+        """Identical stalls beyond the limit are counted and told in one sum."""
+        stream = io.BytesIO()
+        given = pipeline(stream, per_minute=2)
+        for seq in range(1, 6):
+            given.take(encode(close(0, 12, seq=seq).record))
+        given.finish()
+        *shown, folded = lines(stream)
+        assert [event["stall_id"] for event in shown] == ["boot-1-0-1", "boot-1-0-2"]
+        assert (folded["event"], folded["count"]) == ("suppressed", 3)
+        assert folded["like"] == "boot-1-0-2"
+        assert (given.stalls, given.suppressed) == (5, 3)
+
+    def test_what_the_kernel_kept_to_itself(self) -> None:
+        """Stalls over the kernel's limit are told as a sum."""
+        stream = io.BytesIO()
+        given = pipeline(stream)
+        given.take_suppressed(3, 700, 9000 * MS, T0, T0 + 60 * MS)
+        (event,) = lines(stream)
+        assert (event["reason"], event["count"], event["cpus"]) == ("rate", 700, [3])
+        assert event["until"] == events.rfc3339(WALL - 10 * MS)
+        assert given.suppressed == 700
+
+
+def description(*hooks: str) -> Description:
+    """What the probe child says."""
+    attached = [Attached(hook, "raw_tracepoint") for hook in hooks]
+    return Description(
         structs="btf",
         net_rx_action="softirq",
-        attached=[Attached("softirq_entry", "raw_tracepoint"), Attached("task", "iterator")],
+        attached=[*attached, Attached("task", "iterator")],
         missing=[Missing("net_rx_action by kfunc", "not permitted", "softirq stands in")],
-        fds=["link:hrtimer_expire_entry"],
+        fds=[],
         bcc_version="0.26.0",
         compile_ms=200.0,
         attach_ms=2.0,
     )
-    made._probes = SimpleNamespace(description=description, fds={"link:hrtimer_expire_entry": 9})
-    maps = object.__new__(Maps)
-    maps.cpus = (CpuState * 2)()
+
+
+def started(*hooks: str, hidden: bool = False, **settings: Any) -> dict[str, Any]:
+    """The first event, written and read again."""
+    maps = make.maps(2)
+    maps.watch(THRESHOLD, **settings)
+    fields = bookends.started(
+        Settings(),
+        description(*hooks),
+        maps,
+        cpus=2,
+        kthreads=9,
+        tick_ns=TICK_NS,
+        hidden=hidden,
+        missing=[{"ability": "a", "reason": "r", "effect": "e"}],
+    )
+    return parse(line("started", "info", fields))
+
+
+def stopped() -> dict[str, Any]:
+    """The last event, written and read again."""
+    maps = make.maps(2)
     maps.cpus[1].net_rx_runs, maps.cpus[1].net_rx_ns, maps.cpus[1].net_rx_max_ns = 3, 9 * MS, 4 * MS
-    made._maps = maps
-    made._pipeline = pipeline(stream)
-    attached: Service = made
-    return attached
+    maps.cpus[0].unwatched, maps.cpus[1].missed = 5, 6
+    rings: Any = SimpleNamespace(napi_totals=lambda: {(2, b"eth0"): Polled(7, 70, 1)})
+    fields = bookends.stopped(pipeline(io.BytesIO()), maps, rings, 60_000 * MS)
+    return parse(line("stopped", "info", fields))
 
 
 @pytest.mark.parametrize("hidden", [False, True])
 def test_started(hidden: bool) -> None:
     """What is attached and what this kernel refused, also hidden symbols."""
-    stream = io.BytesIO()
-    service(stream)._emit_started({0: 16, 1: 24}, hidden)
-    event = parse(stream.getvalue())
-    assert event["attached"] == ["softirq_entry (raw_tracepoint)", "task (iterator)"]
+    event = started("softirq_entry", "hrtimer_expire_entry", hidden=hidden)
+    assert event["attached"] == [
+        "softirq_entry (raw_tracepoint)",
+        "hrtimer_expire_entry (raw_tracepoint)",
+        "task (iterator)",
+    ]
     assert [missing["ability"] for missing in event["missing"]] == [
         "net_rx_action by kfunc",
-        *["kernel symbols"] * hidden,
+        "a",
+        "kernel symbols" if hidden else "tick function",
     ]
     assert (event["sampler"], event["cpus"], event["threshold_ms"]) == ("tick", 2, 10.0)
+    assert (event["kthreads"], event["tick_ms"], event["lookback"]) == (9, 4.0, False)
+
+
+@pytest.mark.parametrize(
+    ("hooks", "settings", "looks_back"),
+    [
+        (("hrtimer_expire_entry: lookback",), {"lookback": 1, "tick_function": [5, 0]}, True),
+        (("hrtimer_expire_entry: lookback",), {"lookback": 1, "tick_function": [0, 5]}, True),
+        (("hrtimer_expire_entry: lookback",), {"lookback": 0, "tick_function": [5, 0]}, False),
+        (("hrtimer_expire_entry: lookback",), {"lookback": 1}, False),
+        (("hrtimer_expire_entry",), {"lookback": 1, "tick_function": [5, 0]}, False),
+    ],
+)
+def test_started_with_lookback(
+    hooks: tuple[str, ...], settings: dict[str, Any], looks_back: bool
+) -> None:
+    """It needs its program, the tick's function and the wish."""
+    event = started(*hooks, **settings)
+    assert event["lookback"] is looks_back
+    told_why = any(missing["ability"] == "tick function" for missing in event["missing"])
+    assert told_why is ("tick_function" not in settings)
+
+
+def test_started_without_a_sampler() -> None:
+    """Where the tick cannot be traced nothing samples."""
+    assert started("softirq_entry")["sampler"] == "none"
 
 
 def test_stopped() -> None:
     """The totals."""
-    stream = io.BytesIO()
-    service(stream)._emit_stopped(0)
-    event = parse(stream.getvalue())
+    event = stopped()
     assert (event["net_rx_runs"], event["net_rx_ms"], event["net_rx_max_ms"]) == (3, 9.0, 4.0)
+    assert (event["unwatched_wakeups"], event["missed_services"]) == (5, 6)
+    assert (event["uptime_ms"], event["suppressed"]) == (60_000.0, 0)
+    assert [(each["device"], each["polls"]) for each in event["napi"]] == [("eth0", 7)]
 
 
 class TestSchema:
@@ -364,7 +727,7 @@ class TestSchema:
         assert ends == [*[e.value for e in Ended], None]
 
     @pytest.mark.parametrize(
-        "name", ["softnet", "nic", "cfs_throttled", "task_blocked", "suppressed", "degraded"]
+        "name", ["softnet", "nic", "cfs_throttled", "task_blocked", "degraded"]
     )
     def test_reserved_names(self, name: str) -> None:
         """A reserved event needs the common keys and may have others."""
@@ -375,17 +738,37 @@ class TestSchema:
 
     @pytest.mark.parametrize("name", ["started", "stopped", "stall", "records_lost"])
     def test_no_other_key_and_none_less(self, name: str) -> None:
-        """A key too many or too few is refused in each event, and inside of it."""
+        """A key too many or too few is refused in each event, and everywhere inside of it."""
         event = EXAMPLES[name]()
-        for key in event:
-            with pytest.raises(ValidationError):
-                VALIDATOR.validate({k: v for k, v in event.items() if k != key})
-        with pytest.raises(ValidationError, match="surplus"):
-            VALIDATOR.validate(event | {"surplus": 1})
-        for key, value in event.items():
-            if isinstance(value, dict):
-                with pytest.raises(ValidationError, match="surplus"):
-                    VALIDATOR.validate(event | {key: value | {"surplus": 1}})
+        VALIDATOR.validate(event)
+        for place, inner in inside(event):
+            if place == ("starved",):
+                continue
+            for key in list(inner):
+                value = inner.pop(key)
+                with pytest.raises(ValidationError):
+                    VALIDATOR.validate(event)
+                inner[key] = value
+            inner["surplus"] = 1
+            with pytest.raises(ValidationError, match="surplus"):
+                VALIDATOR.validate(event)
+            del inner["surplus"]
+        VALIDATOR.validate(event)
+
+    def test_every_key_of_a_stall_is_tried(self) -> None:
+        """The example has all that is inside of a stall."""
+        places = {place[0] for place, _ in inside(EXAMPLES["stall"]()) if place}
+        assert places == {
+            "starved",
+            "ksoftirqd",
+            "waiting",
+            "handler",
+            "blocker",
+            "stack",
+            "evidence",
+            "lookback",
+            "net",
+        }
 
     @pytest.mark.parametrize(
         "change",
@@ -395,13 +778,18 @@ class TestSchema:
             {"schema": "softirq-stalld/2"},
             {"timestamp": "2026-01-02T03:04:05Z"},
             {"phase": "over"},
-            {"phase": "resolved"},  # its evidence says that it goes on
+            {"phase": "ongoing"},  # its evidence says that it is over
             {"duration_ms": -1},
             {"duration_ms": "50"},
             {"verdict": None},
             {"starved": {"NET": 1.0}},
             {"starved": None},
             {"cpu": -1},
+            {"waiting": None},
+            {"handler": {}},
+            {"net": None},
+            {"lookback": {}},
+            {"hint": 1},
         ],
     )
     def test_wrong_values(self, change: dict[str, Any]) -> None:
@@ -410,15 +798,38 @@ class TestSchema:
             VALIDATOR.validate(EXAMPLES["stall"]() | change)
 
 
-def _emitted(emit: Callable[[io.BytesIO], None]) -> dict[str, Any]:
+def inside(value: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Each object in an event, itself included, and where it is."""
+    if isinstance(value, dict):
+        yield place, value
+        for key, inner in value.items():
+            yield from inside(inner, (*place, key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from inside(inner, place)
+
+
+def _lost() -> dict[str, Any]:
     stream = io.BytesIO()
-    emit(stream)
+    pipeline(stream).take_lost(0, 1)
     return parse(stream.getvalue())
 
 
+def _stall() -> dict[str, Any]:
+    (_, update) = updates(MadeHost(History([tick(-4)])))
+    polled = {(2, b"eth0"): Polled(1, 1, 1)}
+    return told(
+        update._replace(
+            waiting={40: 12 * MS},
+            handler=Handler(3, 12 * MS, b"eth0", 64, 64),
+            net=Net(1, MS, 1, 0, polled),
+        )
+    )
+
+
 EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
-    "started": lambda: _emitted(lambda stream: service(stream)._emit_started({0: 16}, True)),
-    "stopped": lambda: _emitted(lambda stream: service(stream)._emit_stopped(0)),
-    "stall": lambda: parse(line("stall", "warning", stall(updates()[0]))),
-    "records_lost": lambda: _emitted(lambda stream: pipeline(stream).take_lost(0, 1)),
+    "started": lambda: started("softirq_entry", hidden=True),
+    "stopped": stopped,
+    "stall": _stall,
+    "records_lost": _lost,
 }

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from stalld import decode, records, state
+from stalld import decode, kthreads, records, rings, state
+from stalld.track import model
 
 BPF = Path(__file__).parents[2] / "bpf"
 HEADER = re.sub(r"/\*.*?\*/", "", (BPF / "records.h").read_text(), flags=re.DOTALL)
 TYPES = (
     "typedef unsigned char u8; typedef unsigned int u32; typedef unsigned long long u64;\n"
+    "typedef int s32;\n"
     "#define offsetof __builtin_offsetof\n"
 )
 COMPILERS = {
@@ -78,7 +80,8 @@ def _enumerators() -> list[str]:
 def _members(struct_name: str) -> list[str]:
     found = re.search(rf"^struct {struct_name} {{\n(.*?)^}};", HEADER, re.MULTILINE | re.DOTALL)
     assert found, f"bpf/records.h has no struct {struct_name}"
-    members = re.findall(r"^\t(?:u32|u64|char) (\w+)(?:\[\w+\])?;", found[1], re.MULTILINE)
+    types = r"(?:u32|s32|u64|char|struct \w+)"
+    members = re.findall(rf"^\t{types} (\w+)(?:\[\w+\])?;", found[1], re.MULTILINE)
     assert len(members) == found[1].count(";")
     return list(members)
 
@@ -103,7 +106,7 @@ def _from_format(layout: struct.Struct, names: list[str]) -> Fields:
     return fields
 
 
-ARRAYS = {"wait_ns", "user_stack"}
+ARRAYS = {"wait_ns", "waiter_ns", "waiter_pid", "user_stack", "stack"}
 
 
 def _from_ctypes(structure: type[ctypes.Structure]) -> Fields:
@@ -113,7 +116,7 @@ def _from_ctypes(structure: type[ctypes.Structure]) -> Fields:
 
 def _record_fields() -> Fields:
     # Not in StallRecord, which has the stacks themselves.
-    names = [name for name in records.StallRecord._fields if name not in ("comm",)]
+    names = [name for name in records.StallRecord._fields if name != "comm"]
     at = names.index("kernel_stack")
     names[at:] = ["kernel_stack_bytes", "user_stack_bytes", "comm", "user_stack"]
     fields = _from_format(decode.HEAD, names)
@@ -121,15 +124,34 @@ def _record_fields() -> Fields:
     return fields
 
 
+def _tick_fields() -> Fields:
+    names = list(records.TickSample._fields)
+    names[names.index("comm") :] = ["stack_bytes", "comm", "stack"]
+    return _from_format(decode.TICK, names)
+
+
 STRUCTS: dict[str, tuple[Fields, int]] = {
     "stall_record": (_record_fields(), decode.HEAD.size + records.KERNEL_STACK_DEPTH * 8),
-    "cpu_state": (_from_ctypes(state.CpuState), ctypes.sizeof(state.CpuState)),
-    "watch_config": (_from_ctypes(state.WatchConfig), ctypes.sizeof(state.WatchConfig)),
     "task_entry": (
         _from_format(decode.TASK, list(records.TaskEntry._fields)),
         decode.TASK.size,
     ),
+    "tick_sample": (_tick_fields(), decode.TICK.size),
+} | {
+    name: (_from_ctypes(structure), ctypes.sizeof(structure))
+    for name, structure in {
+        "waiter": state.Waiter,
+        "cpu_state": state.CpuState,
+        "watch_config": state.WatchConfig,
+        "watched_bucket": kthreads.Bucket,
+        "napi_slot": rings.NapiSlot,
+    }.items()
 }
+
+
+def test_every_struct() -> None:
+    """No struct of the header is left out here."""
+    assert set(re.findall(r"^struct (\w+) {", HEADER, re.MULTILINE)) == set(STRUCTS)
 
 
 @pytest.mark.parametrize("name", STRUCTS)
@@ -154,17 +176,32 @@ def test_no_holes(compiled: dict[str, int], name: str) -> None:
     assert compiled[f"sizeof {name}"] == end
 
 
+SAME_NAME = (
+    "COMM_LEN",
+    "KERNEL_STACK_DEPTH",
+    "USER_STACK_DEPTH",
+    "LOOKBACK_DEPTH",
+    "LOOKBACK_SAMPLES",
+    "WAITERS",
+    "KSOFTIRQD",
+    "NAPI_SLOTS",
+    "BUCKET_TASKS",
+    "CPU_ANY",
+)
+
+
 def test_every_constant(compiled: dict[str, int]) -> None:
     """Each constant of the header has its equal in Python, and no vector is left out."""
     vectors = {f"VEC_{name}": number for number, name in enumerate(records.VECTORS)}
-    wanted = vectors | {
-        "VEC_COUNT": len(records.VECTORS),
-        "VEC_NONE": records.VEC_NONE,
-        "ABI_VERSION": records.ABI_VERSION,
-        "COMM_LEN": records.COMM_LEN,
-        "KERNEL_STACK_DEPTH": records.KERNEL_STACK_DEPTH,
-        "USER_STACK_DEPTH": records.USER_STACK_DEPTH,
-    }
+    wanted = (
+        vectors
+        | {
+            "VEC_COUNT": len(records.VECTORS),
+            "VEC_NONE": records.VEC_NONE,
+            "ABI_VERSION": records.ABI_VERSION,
+        }
+        | {name: getattr(records, name) for name in SAME_NAME}
+    )
     assert wanted == {name: compiled[name] for name in _macros()}
 
 
@@ -179,19 +216,59 @@ def test_every_enumerator(compiled: dict[str, int]) -> None:
     assert wanted == {name: compiled[name] for name in _enumerators()}
 
 
-def test_cpus_share_no_cache_line(compiled: dict[str, int]) -> None:
-    """A CPU's state fills whole cache lines."""
+def test_cache_lines(compiled: dict[str, int]) -> None:
+    """A CPU's state fills whole cache lines; a bucket is one, so that a wake-up looks at one."""
     assert compiled["sizeof cpu_state"] % 64 == 0
+    assert compiled["sizeof watched_bucket"] == 64
 
 
-def test_the_stack_mask_bounds_the_stack(compiled: dict[str, int]) -> None:
-    """One below a power of two: the verifier's mask must not change any possible size."""
+def test_raises_begin_a_cache_line(compiled: dict[str, int]) -> None:
+    """What all programs look at is one line, the raises follow on the next."""
+    assert compiled["cpu_state.raised"] == 64
+
+
+def test_masks_bound_their_arrays(compiled: dict[str, int]) -> None:
+    """The verifier's masks and the programs' shifts want these powers of two."""
     depth = compiled["KERNEL_STACK_DEPTH"]
     assert depth & (depth + 1) == 0
+    for name in ("WAITERS", "BUCKET_TASKS", "LOOKBACK_SAMPLES", "NAPI_SLOTS"):
+        assert compiled[name] & (compiled[name] - 1) == 0
+    assert compiled["WAITERS"] <= 32  # bits of cpu_state.waiting
+
+
+def _defined(source: str, name: str) -> str:
+    found = re.search(rf"^#define {name} (.+)$", (BPF / source).read_text(), re.MULTILINE)
+    assert found, f"bpf/{source} has no {name}"
+    return found[1]
 
 
 def test_pf_kthread() -> None:
     """The flag that tells kernel threads is the same on both sides."""
-    found = re.search(r"#define PF_KTHREAD (\w+)", (BPF / "state.h").read_text())
-    assert found
-    assert int(found[1], 16) == records.PF_KTHREAD
+    assert int(_defined("state.h", "PF_KTHREAD"), 16) == records.PF_KTHREAD
+
+
+def test_the_hash_of_task_pointers() -> None:
+    """The multiplier is the kernel program's: else no wake-up would find its bucket."""
+    factor = int(_defined("sched.c", "HASH_FACTOR").removesuffix("ULL"), 16)
+    for pointer in (0xFFFF888100D40000, 0xFFFF888100D43300, 0xFFFFFFFFFFFFFFC0):
+        for bits in (6, 10, 17):
+            in_c = (pointer * factor % (1 << 64)) >> (64 - bits)
+            assert records.watched_bucket(pointer, bits) == in_c < 1 << bits
+
+
+@pytest.mark.parametrize(("cpus", "bits"), [(1, 6), (4, 6), (5, 7), (8, 7), (9, 8), (4096, 16)])
+def test_buckets(cpus: int, bits: int) -> None:
+    """Sixteen buckets a CPU at least, and 64 on the smallest machine."""
+    assert records.watched_bits(cpus) == bits
+    assert 1 << bits >= 16 * cpus
+
+
+def test_vectors_that_no_kernel_defers() -> None:
+    """Their raises are timed even if they are not watched, for the program that needs them."""
+    names = re.findall(r"VEC_(\w+)\)", _defined("softirq.c", "VEC_NOW_MASK"))
+    assert sum(1 << records.VECTORS.index(name) for name in names) == state.TIMED_ALWAYS
+
+
+def test_serious() -> None:
+    """The kernel lets through what the daemon calls an error, and never mutes that."""
+    assert int(_defined("state.h", "SERIOUS_FACTOR")) == model.SERIOUS_FACTOR

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stalld.reader import online_cpus, split
+from stalld.reader import cpu_list, online_cpus, split
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_online_cpus(tmp_path: Path, text: str, cpus: list[int]) -> None:
     """The kernel's lists of ranges, as plain numbers."""
     path = tmp_path / "online"
     path.write_text(text)
-    assert online_cpus(str(path)) == cpus
+    assert online_cpus(str(path)) == cpu_list(text) == cpus
 
 
 def test_online_cpus_of_this_host() -> None:

@@ -1,114 +1,25 @@
-"""The shared maps without a kernel, and who is ksoftirqd."""
+"""The shared maps without a kernel: settings, states of stalls, counters."""
 
 from __future__ import annotations
 
 import ctypes
-import mmap
-import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from stalld.records import PF_KTHREAD, TaskEntry
-from stalld.state import CpuState, Maps, ksoftirqd_cpu, ksoftirqd_pids
-from tests.unit.make import MS, waits
+from stalld.state import TIMED_ALWAYS, CpuState, Maps
+from tests.unit import make
+from tests.unit.make import MS, waiters, waits
 
 
 @pytest.fixture
-def maps() -> Iterator[Maps]:
-    """Four CPUs, in memory of our own instead of a map's."""
-    fds = [os.memfd_create(name) for name in ("cpus", "config")]
-    for fd in fds:
-        os.ftruncate(fd, mmap.PAGESIZE)
-    yield Maps(fds[0], fds[1], 4)
-    for fd in fds:
-        os.close(fd)
-
-
-@pytest.mark.parametrize(
-    ("comm", "cpu"),
-    [
-        (b"ksoftirqd/0", 0),
-        (b"ksoftirqd/1023", 1023),
-        (b"ksoftirqd/", None),
-        (b"ksoftirqd/0 ", None),
-        (b"ksoftirqd/0\n", None),
-        (b"ksoftirqd/-1", None),
-        (b"ksoftirqd/0x1", None),
-        (b"xksoftirqd/0", None),
-        (b"ksoftirqd/\xd9\xa1", None),
-        (b"ktimers/0", None),
-        (b"", None),
-    ],
-)
-def test_ksoftirqd_cpu(comm: bytes, cpu: int | None) -> None:
-    """The number behind the exact name, in plain digits."""
-    assert ksoftirqd_cpu(comm) == cpu
-
-
-def process(proc: Path, pid: int, comm: str, flags: int) -> None:
-    """One entry of a made-up /proc."""
-    (proc / str(pid)).mkdir()
-    (proc / str(pid) / "stat").write_text(f"{pid} ({comm}) S 2 0 0 0 -1 {flags} 0 0 20 0 1\n")
-
-
-def test_ksoftirqd_pids(tmp_path: Path) -> None:
-    """Kernel threads of that name, and no process that only calls itself so."""
-    process(tmp_path, 16, "ksoftirqd/0", PF_KTHREAD | 0x4000040)
-    process(tmp_path, 24, "ksoftirqd/1", PF_KTHREAD)
-    process(tmp_path, 900, "ksoftirqd/0", 0x400000)
-    process(tmp_path, 901, "ksoftirqd/3", 0x400000)
-    process(tmp_path, 902, "x (ksoftirqd/4", PF_KTHREAD)
-    process(tmp_path, 903, "ksoftirqd/5) S 2 0 0 0 -1 2097152 (x", 0)
-    process(tmp_path, 904, "a) (ksoftirqd/6", 0)
-    process(tmp_path, 17, "migration/0", PF_KTHREAD)
-    (tmp_path / "905").mkdir()  # It ended meanwhile.
-    (tmp_path / "906").mkdir()
-    (tmp_path / "906" / "stat").write_text("")
-    (tmp_path / "self").mkdir()
-    (tmp_path / "version").write_text("Linux\n")
-    assert ksoftirqd_pids(str(tmp_path)) == {0: 16, 1: 24}
-
-
-def test_ksoftirqd_pids_of_this_host() -> None:
-    """The real /proc: at most one for each CPU, each a thread of that name."""
-    for cpu, pid in ksoftirqd_pids().items():
-        assert Path(f"/proc/{pid}/comm").read_text() == f"ksoftirqd/{cpu}\n"
-
-
-def test_learn_ksoftirqd(maps: Maps) -> None:
-    """Each CPU gets its own thread's pointer and pid; the rest is passed over."""
-    tasks = [
-        TaskEntry(0xFFFF0001, 16, PF_KTHREAD, b"ksoftirqd/0"),
-        TaskEntry(0xFFFF0002, 17, PF_KTHREAD, b"migration/0"),
-        TaskEntry(0xFFFF0003, 24, PF_KTHREAD, b"ksoftirqd/3"),
-        TaskEntry(0xFFFF0004, 99, PF_KTHREAD, b"ksoftirqd/4"),  # No such CPU.
-    ]
-    assert maps.learn_ksoftirqd(iter(tasks)) == {0: 16, 3: 24}
-    known = [(state.ksoftirqd, state.ksoftirqd_pid) for state in maps.cpus]
-    assert known == [(0xFFFF0001, 16), (0, 0), (0, 0), (0xFFFF0003, 24)]
-
-
-def test_a_restarted_ksoftirqd(maps: Maps) -> None:
-    """A new thread for a CPU replaces the old one."""
-    maps.learn_ksoftirqd(iter([TaskEntry(0xFFFF0001, 16, PF_KTHREAD, b"ksoftirqd/1")]))
-    maps.learn_ksoftirqd(iter([TaskEntry(0xFFFF0001, 50, PF_KTHREAD, b"ksoftirqd/1")]))
-    assert (maps.cpus[1].ksoftirqd, maps.cpus[1].ksoftirqd_pid) == (0xFFFF0001, 50)
-
-
-def test_learn_by_pid(maps: Maps) -> None:
-    """Only a changed pid makes the kernel learn the pointer again."""
-    maps.learn_ksoftirqd_pids({0: 16, 1: 24, 9: 99})
-    maps.cpus[0].ksoftirqd, maps.cpus[1].ksoftirqd = 0xFFFF0001, 0xFFFF0002
-    maps.learn_ksoftirqd_pids({0: 16, 1: 51})
-    known = [(state.ksoftirqd, state.ksoftirqd_pid) for state in maps.cpus]
-    assert known == [(0xFFFF0001, 16), (0, 51), (0, 0), (0, 0)]
+def maps() -> Maps:
+    """Four CPUs."""
+    return make.maps(4)
 
 
 def test_watch_and_stop(maps: Maps) -> None:
     """The settings arrive; stopping is a threshold of 0 and leaves the rest."""
-    maps.watch(10 * MS, 4 * MS, 0b1011, 16)
+    maps.watch(10 * MS, tick_ns=4 * MS, vec_mask=0b1011, max_samples=16)
     config = maps.config
     assert (config.threshold_ns, config.tick_ns) == (10 * MS, 4 * MS)
     assert (config.vec_mask, config.max_samples) == (0b1011, 16)
@@ -116,13 +27,39 @@ def test_watch_and_stop(maps: Maps) -> None:
     assert (config.threshold_ns, config.tick_ns) == (0, 4 * MS)
 
 
+def test_every_setting(maps: Maps) -> None:
+    """Arrays and negative places are settings too."""
+    maps.watch(MS, tick_function=[1 << 63, 7], steal_offset=-4096, lookback=True, max_stalls=20)
+    config = maps.config
+    assert (list(config.tick_function), config.steal_offset) == ([1 << 63, 7], -4096)
+    assert (config.lookback, config.max_stalls) == (1, 20)
+
+
+def test_each_cpu_knows_the_settings(maps: Maps) -> None:
+    """What the hot path needs lies with each CPU; vectors that no kernel defers are timed too."""
+    maps.watch(10 * MS, vec_mask=0b1000)
+    for state in maps.cpus:
+        assert (state.threshold_ns, state.vec_mask) == (10 * MS, 0b1000)
+        assert state.timed_mask == 0b1000 | TIMED_ALWAYS == 0b1001001
+
+
 def test_stall_of_one_cpu(maps: Maps) -> None:
     """The state of the CPU asked for, as plain values."""
     state = maps.cpus[2]
-    state.seq, state.active, state.ended_ns, state.ksoftirqd_waited_ns = 7, 1, 99, 12
+    state.seq, state.active, state.ended_ns = 7, 1, 99
     state.waited_ns[3] = 11
-    assert maps.stall(2) == (7, True, 99, waits(NET_RX=11), 12)
-    assert maps.stall(1) == (0, False, 0, waits(), 0)
+    state.waiters[0].waited_ns, state.waiters[0].waited_pid = 12, 16
+    state.waiters[4].waited_ns, state.waiters[4].waited_pid = 13, 40
+    state.waiters[5].pid = 50  # has not waited
+    assert maps.stall(2) == (
+        7,
+        True,
+        99,
+        waits(NET_RX=11),
+        waiters(12, 0, 0, 0, 13),
+        waiters(16, 0, 0, 0, 40),
+    )
+    assert maps.stall(1) == (0, False, 0, waits(), waiters(), waiters())
 
 
 def test_total(maps: Maps) -> None:

@@ -1,12 +1,17 @@
 """Decoding of PERF_RECORD_KSYMBOL and what it takes to say that something was missed."""
 
+import errno
+import os
 import struct
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stalld.enrich.ksymbols import Drained, Ksymbol, decode
+from stalld import perf
+from stalld.enrich import ksymbols
+from stalld.enrich.ksymbols import Drained, Ksymbol, KsymbolError, KsymbolFeed, decode
 from stalld.errors import DecodeError
 
 # Taken from a ring on 6.18, x86-64: a program of two instructions is loaded, then unloaded.
@@ -103,3 +108,134 @@ def test_any_bytes(data: bytes) -> None:
     except DecodeError:
         return
     assert len(drained.events) * 32 <= len(data)
+
+
+class Rings:
+    """Files of memory in place of perf events: the kernel's head, our tail, and the data."""
+
+    def __init__(self) -> None:
+        self.online = {0, 1}
+        self.fds: dict[int, int] = {}
+        self.dead: set[int] = set()
+        self.error = 0
+
+    def open_event(self, _: bytes, cpu: int) -> int:
+        if cpu not in self.online:
+            raise OSError(errno.ENODEV, "offline")
+        if self.error:
+            raise OSError(self.error, os.strerror(self.error))
+        fd = os.memfd_create("ring")
+        os.ftruncate(fd, 16 * os.sysconf("SC_PAGESIZE"))
+        self.fds[cpu] = fd
+        self.dead.discard(cpu)
+        return fd
+
+    def detached(self, fd: int) -> bool:
+        return any(self.fds[cpu] == fd for cpu in self.dead)
+
+    def announce(self, cpu: int, data: bytes) -> None:
+        fd = self.fds[cpu]
+        (head,) = struct.unpack("=Q", os.pread(fd, 8, 1024))
+        os.pwrite(fd, data, os.sysconf("SC_PAGESIZE") + head)
+        os.pwrite(fd, struct.pack("=Q", head + len(data)), 1024)
+
+
+@pytest.fixture
+def rings(monkeypatch: pytest.MonkeyPatch) -> Rings:
+    played = Rings()
+    monkeypatch.setattr(perf, "open_event", played.open_event)
+    monkeypatch.setattr(perf, "detached", played.detached)
+    return played
+
+
+@pytest.fixture
+def feed(rings: Rings) -> Iterator[KsymbolFeed]:
+    with KsymbolFeed.open([0, 1]) as opened:
+        yield opened
+
+
+def test_a_new_feed_has_missed_nothing(rings: Rings, feed: KsymbolFeed) -> None:
+    """Nothing is pending until something is announced, and once it is drained."""
+    assert not feed.pending()
+    rings.announce(1, LOADED)
+    assert feed.pending()
+    assert [event.name for event in feed.drain().events] == [NAME]
+    assert not feed.pending()
+    assert feed.drain() == ((), False)
+
+
+def test_what_a_cpu_said_before_it_went(rings: Rings, feed: KsymbolFeed) -> None:
+    """Announcements of a CPU that has gone are drained, in their order; nothing was missed."""
+    rings.announce(0, UNLOADED)
+    rings.announce(1, LOADED)
+    feed.refresh([0])
+    assert len(feed.fds) == 1
+    assert feed.pending()
+    drained = feed.drain()
+    assert [event.removed for event in drained.events] == [False, True]
+    assert not drained.lost
+    assert not feed.pending()
+
+
+def test_a_cpu_that_came_may_have_been_missed(rings: Rings, feed: KsymbolFeed) -> None:
+    """The first drain after a CPU got a ring says that some are missing, also with none there."""
+    rings.online.add(2)
+    feed.refresh([0, 1, 2])
+    assert feed.pending()
+    assert feed.drain() == ((), True)
+    assert not feed.pending()
+    rings.announce(2, LOADED)
+    assert not feed.drain().lost
+    feed.refresh([0, 1, 2])
+    assert not feed.pending()
+
+
+def test_a_cpu_that_came_back_between_two_looks(rings: Rings, feed: KsymbolFeed) -> None:
+    """A suspect that lives is left alone; one that is dead gets a new ring, and keeps its news."""
+    rings.announce(1, LOADED)
+    rings.dead = {1}
+    feed.refresh([0, 1], suspects={0})
+    assert not feed.drain().lost
+    rings.announce(1, UNLOADED)
+    feed.refresh([0, 1], suspects={0, 1})
+    drained = feed.drain()
+    assert len(drained.events) == 1
+    assert drained.lost
+    feed.refresh([0, 1], suspects={0, 1})
+    assert not feed.pending()
+
+
+def test_a_cpu_gone_meanwhile(feed: KsymbolFeed) -> None:
+    """A CPU that is offline after all gets no ring, and nothing was missed yet."""
+    feed.refresh([0, 1, 5])
+    assert len(feed.fds) == 2
+    assert not feed.pending()
+
+
+def test_refused_ring(rings: Rings, feed: KsymbolFeed) -> None:
+    """A CPU that cannot be listened to is an error, something is missing; the others go on."""
+    rings.online.add(2)
+    rings.error = errno.EPERM
+    with pytest.raises(KsymbolError, match="CAP_PERFMON"):
+        feed.refresh([0, 1, 2])
+    assert feed.drain().lost
+    rings.announce(1, LOADED)
+    assert len(feed.drain().events) == 1
+    with pytest.raises(KsymbolError):
+        KsymbolFeed.open([0])
+
+
+def test_nonsense_in_a_ring(rings: Rings, feed: KsymbolFeed) -> None:
+    """What cannot be decoded counts as missed; the other rings are drained."""
+    rings.announce(0, bytes(8))
+    rings.announce(1, LOADED)
+    drained = feed.drain()
+    assert drained.lost
+    assert len(drained.events) == 1
+
+
+def test_nearly_full_ring(rings: Rings, feed: KsymbolFeed) -> None:
+    """A ring so full that the kernel may have refused a record counts as missed."""
+    other = struct.pack("=IHH", 5, 0, 1 << 15)
+    rings.announce(0, other.ljust(ksymbols._RING_BYTES, b"\0"))
+    assert feed.drain() == ((), True)

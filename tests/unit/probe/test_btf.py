@@ -15,6 +15,7 @@ import pytest
 from stalld.errors import MissingAbilityError
 from stalld.probe.btf import VMLINUX_BTF, Btf, Field
 from stalld.probe.headers import FIELDS
+from stalld.probe.loader import percpu_places
 
 pytestmark = pytest.mark.skipif(
     not Path(VMLINUX_BTF).exists(), reason="this kernel has no BTF (CONFIG_DEBUG_INFO_BTF)"
@@ -151,3 +152,75 @@ def test_tracepoint_arguments(btf: Btf, dump: dict[int, dict[str, Any]]) -> None
 def test_a_field_says_what_it_is() -> None:
     """The declaration takes the name of the field."""
     assert Field("pid", 8, 4, "s32 %s").declaration % "pid" == "s32 pid"
+
+
+class TestPerCpu:
+    """Where a CPU keeps its own variables."""
+
+    def witness(self, dump: dict[int, dict[str, Any]], name: str) -> int:
+        """Where bpftool says that a variable is."""
+        (section,) = [
+            t for t in dump.values() if t["kind"] == "DATASEC" and t["name"] == ".data..percpu"
+        ]
+        places = {dump[each["type_id"]]["name"]: each["offset"] for each in section["vars"]}
+        found: int = places[name]
+        return found
+
+    @pytest.mark.parametrize(
+        "name", ["tick_cpu_sched", "softnet_data", "kernel_cpustat", "cpu_number"]
+    )
+    def test_variables(self, btf: Btf, dump: dict[int, dict[str, Any]], name: str) -> None:
+        """Each lies where bpftool says."""
+        try:
+            wanted = self.witness(dump, name)
+        except (KeyError, ValueError):
+            assert btf.percpu_offset(name) is None
+        else:
+            assert btf.percpu_offset(name) == wanted
+
+    def test_members(self, btf: Btf, dump: dict[int, dict[str, Any]]) -> None:
+        """A member lies at the offset that its struct gives it."""
+        for variable, struct_name, member in (
+            ("tick_cpu_sched", "tick_sched", "sched_timer"),
+            ("softnet_data", "softnet_data", "processed"),
+        ):
+            whole = btf.percpu_offset(variable)
+            assert whole is not None
+            bits = witness(dump, struct_name)[member]
+            assert btf.percpu_offset(variable, member) == whole + bits // 8
+
+    def test_members_of_members(self, btf: Btf) -> None:
+        """A path through structs adds up."""
+        timer = btf.percpu_offset("tick_cpu_sched", "sched_timer")
+        assert timer is not None
+        inner = btf.percpu_offset("tick_cpu_sched", "sched_timer", "_softexpires")
+        assert inner == timer + btf.field("hrtimer", "_softexpires").offset
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            ("no_such_variable",),
+            ("jiffies",),  # there is one, but not one for each CPU
+            ("tick_cpu_sched", "no_such_member"),
+            ("tick_cpu_sched", "sched_timer", "no_such_member"),
+            ("tick_cpu_sched", "sched_timer", "_softexpires", "of_a_number"),
+        ],
+    )
+    def test_what_there_is_not(self, btf: Btf, path: tuple[str, ...]) -> None:
+        """A variable or member that this kernel does not have is none, not an error."""
+        assert btf.percpu_offset(*path) is None
+
+    def test_places_of_this_kernel(self, btf: Btf) -> None:
+        """All places are relative to the tick's timer, and apart from it."""
+        timer = btf.percpu_offset("tick_cpu_sched", "sched_timer")
+        places = percpu_places(btf)
+        assert timer is not None
+        softnet = btf.percpu_offset("softnet_data", "processed")
+        assert softnet is not None
+        assert places["softnet"] == softnet - timer
+        cpustat = btf.percpu_offset("kernel_cpustat", "cpustat")
+        assert cpustat is not None
+        assert places["cpustat"] == cpustat + 7 * 8 - timer
+        assert set(places) <= {"steal", "cpustat", "softnet"}
+        # They go into 32-bit settings.
+        assert all(place and -(1 << 31) <= place < 1 << 31 for place in places.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,9 @@ def test_the_tree_compiles(tmp_path: Path) -> None:
     includes = "".join(f'#include "{path}"\n' for path in headers if path.name != "types.h")
     done = compile_bpf("#include <linux/types.h>\n" + includes, *flags)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "include/stalld_structs.h").read_text().count("_Static_assert") == sum(
-        map(len, FIELDS.values())
-    )
+    asserted = (tmp_path / "include/stalld_structs.h").read_text().count("_Static_assert")
+    # pt_regs is the machine's own.
+    assert asserted == sum(map(len, FIELDS.values())) + (platform.machine() == "x86_64")
 
 
 @needs_btf
@@ -47,6 +48,7 @@ def test_flags(tmp_path: Path) -> None:
     flags = write_tree(tmp_path, btf)
     assert f"-I{tmp_path}/include" in flags
     assert f"-DSTALLD_TASK_STATE={btf.field('task_struct', '__state', 'state').name}" in flags
+    assert f"-DSTALLD_HRTIMER_QUEUED={btf.field('hrtimer', 'state', 'is_queued').name}" in flags
     has = "-DSCHED_SWITCH_HAS_PREV_STATE" in flags
     assert has == (btf.tracepoint_args("sched_switch") == 4)
 
@@ -63,6 +65,12 @@ def test_the_older_name_of_the_state(tmp_path: Path) -> None:
     assert "-DSTALLD_TASK_STATE=state" in write_tree(tmp_path, fake(without={"__state"}))
 
 
+@pytest.mark.parametrize(("without", "name"), [("is_queued", "state"), ("state", "is_queued")])
+def test_whether_a_timer_is_queued(tmp_path: Path, without: str, name: str) -> None:
+    """The field that tells it has had two names."""
+    assert f"-DSTALLD_HRTIMER_QUEUED={name}" in write_tree(tmp_path, fake(without={without}))
+
+
 def test_a_missing_field_is_named(tmp_path: Path) -> None:
     """A kernel without a field that the programs touch is refused."""
     with pytest.raises(MissingAbilityError, match=r"task_struct\.prio"):
@@ -74,7 +82,7 @@ def fake(tracepoint_args: int | None = 4, without: frozenset[str] | set[str] = f
 
     class Fake:
         def field(self, struct_name: str, *names: str) -> Field:
-            known = [name for each in FIELDS[struct_name] for name in each]
+            known = [name for each in FIELDS.get(struct_name, (names,)) for name in each]
             for name in names:
                 if name not in without:
                     return Field(name, 8 * known.index(name), 4, "u32 %s")
@@ -142,6 +150,7 @@ class TestDistributionHeaders:
         events = self.SWITCH + ",\n\t\t struct task_struct *next,\n\t\t unsigned int prev_state),"
         assert distribution_headers(self.tree(tmp_path, self.NEW, events, under)) == [
             "-DSTALLD_TASK_STATE=__state",
+            "-DSTALLD_HRTIMER_QUEUED=state",
             "-DSCHED_SWITCH_HAS_PREV_STATE",
         ]
 
@@ -149,7 +158,8 @@ class TestDistributionHeaders:
     def test_old(self, tmp_path: Path, events: str | None) -> None:
         """Before 5.14 neither is; headers without tracepoints count as old."""
         assert distribution_headers(self.tree(tmp_path, self.OLD, events)) == [
-            "-DSTALLD_TASK_STATE=state"
+            "-DSTALLD_TASK_STATE=state",
+            "-DSTALLD_HRTIMER_QUEUED=state",
         ]
 
     def test_none(self, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ DESCRIPTION = Description(
     bcc_version="0.26.0",
     compile_ms=170.5,
     attach_ms=1.5,
+    percpu={"steal": -4096, "softnet": 128},
 )
 
 
@@ -63,7 +64,7 @@ def open_fds() -> set[str]:
 
 def test_request_round_trip(pair: Pair) -> None:
     """The child reads the request that the daemon wrote."""
-    request = Request(8, "/usr/share/bpf", "/sys/kernel/btf/vmlinux", ["softirq_entry"])
+    request = Request(8, "/usr/share/bpf", "/sys/kernel/btf/vmlinux", ["softirq_entry"], "never")
     send(pair[0], request_message(request), [])
     message, fds = receive(pair[1])
     assert Request(**message) == request
@@ -115,3 +116,11 @@ def test_not_a_message(pair: Pair, passed: list[int], body: bytes) -> None:
     with pytest.raises(ProbeError, match="not a message"):
         receive(pair[0])
     assert open_fds() == before
+
+
+def test_an_answer_without_places(pair: Pair) -> None:
+    """Where the kernel's places are not known, there are none."""
+    message = asdict(DESCRIPTION)
+    del message["percpu"]
+    send(pair[1], message, [])
+    assert description_from(receive(pair[0])[0]).percpu == {}

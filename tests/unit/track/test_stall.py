@@ -6,26 +6,29 @@ from collections.abc import Callable
 
 import pytest
 
-from stalld.records import VECTORS, RecordType, Source
+from stalld.records import VECTORS, Source
 from stalld.service import EXPIRE_EVERY_S
 from stalld.state import StallState
-from stalld.track.stall import (
-    CLOSE_GRACE_NS,
-    MAX_ONGOING,
-    Ended,
-    Observation,
-    Phase,
-    Tracker,
-    Update,
-    longest_in_kernel_ns,
-)
+from stalld.track.model import Ended, History, Observation, Phase, Update
+from stalld.track.stall import CLOSE_GRACE_NS, MAX_ONGOING, RING_PERIOD_NS, Tracker
 from stalld.track.verdict import Verdict
-from tests.unit.make import MS, T0, THRESHOLD, close, sample, waits
+from tests.unit.make import (
+    MS,
+    T0,
+    THRESHOLD,
+    TICK_NS,
+    MadeHost,
+    close,
+    sample,
+    tick,
+    waiters,
+    waits,
+)
 
 
 def tracker(serves_inline: bool | None = True) -> Tracker:
     """A tracker for a kernel that serves softirqs inline, or not."""
-    return Tracker(THRESHOLD, lambda: serves_inline)
+    return Tracker(THRESHOLD, TICK_NS, MadeHost(inline=serves_inline))
 
 
 def feed(given: Tracker, *observations: Observation) -> list[Update]:
@@ -38,7 +41,8 @@ def kernel(
 ) -> Callable[[int], StallState]:
     """What the shared state says, of any CPU."""
     ended_ns = T0 + ended_ms * MS if ended_ms else 0
-    known = StallState(seq, active, ended_ns, waits(NET_RX=waited_ms * MS), 0)
+    waited = waits(NET_RX=waited_ms * MS), waiters(), waiters()
+    known = StallState(seq, active, ended_ns, *waited)
     return lambda cpu: known
 
 
@@ -76,8 +80,8 @@ def test_who_gives_way_speaks_after() -> None:
     """A record of the switch to ksoftirqd is no sample during the stall, but all there is."""
     ongoing, resolved = feed(
         tracker(),
-        sample(1, 12, source=Source.SWITCH, mode="user", ksoftirqd_wait_ns=12 * MS),
-        close(1, 12, source=Source.SWITCH, ksoftirqd_wait_ns=12 * MS),
+        sample(1, 12, source=Source.SWITCH, mode="user", waiter_ns=waiters(12 * MS)),
+        close(1, 12, source=Source.SWITCH, waiter_ns=waiters(12 * MS)),
     )
     assert ongoing.captured == resolved.captured == "after"
     assert resolved.verdict is Verdict.CPU_CONTENTION
@@ -87,18 +91,18 @@ def test_giving_way_in_the_kernel_proves_nothing() -> None:
     """A task enters the kernel to give way: that alone does not make it stuck there."""
     *_, resolved = feed(
         tracker(),
-        sample(1, 12, source=Source.SWITCH, ksoftirqd_wait_ns=12 * MS),
-        close(1, 12, source=Source.SWITCH, ksoftirqd_wait_ns=12 * MS),
+        sample(1, 12, source=Source.SWITCH, waiter_ns=waiters(12 * MS)),
+        close(1, 12, source=Source.SWITCH, waiter_ns=waiters(12 * MS)),
     )
     assert resolved.verdict is Verdict.UNKNOWN
 
 
 def test_few_ongoing_lines() -> None:
-    """Lines come when the stall has grown fourfold, and no more than a handful."""
+    """Lines come when the stall has grown fourfold or is serious, and no more than a handful."""
     given = tracker()
-    ages = [10, 11, 39, 40, 41, 159, 160, 639, 640, 5000, 60000]
+    ages = [10, 11, 39, 40, 41, 99, 100, 101, 399, 400, 5000, 60000]
     lines = feed(given, *(sample(nr, age) for nr, age in enumerate(ages, 1)))
-    assert [update.duration_ns // MS for update in lines] == [10, 40, 160, 640]
+    assert [update.duration_ns // MS for update in lines] == [10, 40, 100, 400]
     assert len(lines) == MAX_ONGOING
     (resolved,) = feed(given, close(len(ages), 60001))
     assert (resolved.samples, resolved.lost) == (len(ages), 0)
@@ -114,7 +118,7 @@ def test_longest_waits_are_kept() -> None:
     """A vector that starved early and was served since is still named at the end."""
     *_, resolved = feed(
         tracker(),
-        sample(1, 12, wait_ns=waits(NET_RX=12 * MS), ksoftirqd_wait_ns=9 * MS),
+        sample(1, 12, wait_ns=waits(NET_RX=12 * MS), waiter_ns=waiters(9 * MS)),
         sample(2, 24, wait_ns=waits(TIMER=15 * MS)),
         close(2, 30, wait_ns=waits(TIMER=20 * MS)),
     )
@@ -280,66 +284,16 @@ def test_finish(now_ms: int, duration_ms: int) -> None:
     assert given.finish(T0 + now_ms * MS) == []
 
 
-class TestCulprit:
-    """Whom and what the event shows."""
-
-    def test_most_samples_win(self) -> None:
-        """The task and the path seen most often, in its first sample."""
-        *_, resolved = feed(
-            tracker(),
-            sample(1, 10, tid=7, comm=b"once", frames=("a+0x1",)),
-            sample(2, 20, tid=8, comm=b"often", frames=("rare+0x1", "b+0x9")),
-            sample(3, 30, tid=8, comm=b"often", frames=("hot+0x1", "b+0x9")),
-            sample(4, 40, tid=8, comm=b"often", frames=("hot+0x2", "b+0x9")),
-            close(4, 50, tid=9, comm=b"late"),
-        )
-        assert resolved.blocker is not None
-        assert (resolved.blocker.tid, resolved.blocker.comm) == (8, b"often")
-        assert resolved.kernel_stack == ("hot+0x1", "b+0x9")
-        assert resolved.captured == "during"
-
-    def test_time_counts_not_samples(self) -> None:
-        """Samples grow rarer: the task that two of them show for longer had the CPU longer."""
-        *_, resolved = feed(
-            tracker(),
-            sample(1, 10, tid=7, comm=b"first"),
-            sample(2, 14, tid=7, comm=b"first"),
-            sample(3, 50, tid=8, comm=b"longest"),
-            close(3, 51),
-        )
-        assert resolved.blocker is not None
-        assert resolved.blocker.comm == b"longest"
-
-    def test_fields_of_the_blocker(self) -> None:
-        """Everything the record knows of the task is passed on."""
-        (update,) = feed(
-            tracker(), sample(1, 12, policy=1, prio=49, cgroup_id=5, mode="user", tgid=3, tid=4)
-        )
-        assert update.blocker == (3, 4, b"spinner", "user", 1, 49, 5)
-
-    def test_null_user_frames_are_dropped(self) -> None:
-        """The walker may end on a null frame pointer."""
-        (update,) = feed(tracker(), sample(1, 12, mode="user", user_stack=(0x40, 0x50, 0)))
-        assert update.user_stack == (0x40, 0x50)
-
-    def test_a_handler_in_service_blames_nobody(self) -> None:
-        """While another vector is served, the task below it is not to blame."""
-        *_, resolved = feed(
-            tracker(),
-            sample(1, 12, serving_vec=3, wait_ns=waits(TIMER=12 * MS)),
-            close(1, 20, wait_ns=waits(TIMER=20 * MS)),
-        )
-        assert resolved.verdict is Verdict.UNKNOWN
-
-
 def test_the_mode_of_the_kernel_is_asked_each_time() -> None:
     """What is learned in mid-stall changes the verdict: an old kernel starves by deferring."""
-    answers: list[bool | None] = [True, False]
-    given = Tracker(THRESHOLD, lambda: answers.pop(0))
-    waiting = {"wait_ns": waits(NET_RX=50 * MS), "ksoftirqd_wait_ns": 50 * MS}
-    ongoing, resolved = feed(given, sample(1, 50, **waiting), close(1, 60, **waiting))
-    assert ongoing.verdict is Verdict.SOFTIRQS_DISABLED
-    assert resolved.verdict is Verdict.STUCK_IN_KERNEL
+    host = MadeHost(inline=True)
+    given = Tracker(THRESHOLD, TICK_NS, host)
+    waiting = {"wait_ns": waits(NET_RX=50 * MS), "waiter_ns": waiters(50 * MS)}
+    (ongoing,) = feed(given, sample(1, 50, **waiting))
+    host.inline = False
+    (resolved,) = feed(given, close(1, 60, **waiting))
+    assert (ongoing.verdict, ongoing.serves_inline) == (Verdict.SOFTIRQS_DISABLED, True)
+    assert (resolved.verdict, resolved.serves_inline) == (Verdict.STUCK_IN_KERNEL, False)
 
 
 def test_when_the_record_was_written() -> None:
@@ -348,40 +302,6 @@ def test_when_the_record_was_written() -> None:
     lines = feed(given, sample(1, 12), close(1, 20), sample(1, 30, seq=2), sample(1, 40, seq=3))
     lines += given.finish(T0 + 99 * MS)
     assert [u.record_ns and (u.record_ns - T0) // MS for u in lines] == [12, 20, 30, 40, 40, 0]
-
-
-STUCK: dict[str, tuple[list[Observation], int]] = {
-    "no sample": ([close(0, 50)], 0),
-    "never switched: since the stall began": ([sample(1, 12)], 12),
-    "until the close, which shows the same number of switches": (
-        [sample(1, 12), close(1, 50)],
-        50,
-    ),
-    "switched before the close": ([sample(1, 12), close(1, 50, switches=1)], 12),
-    "two samples, no switch between": (
-        [sample(1, 20, switches=3), sample(2, 35, switches=3)],
-        15,
-    ),
-    "a switch between": ([sample(1, 20, switches=3), sample(2, 35, switches=4)], 0),
-    "another task": ([sample(1, 12, tid=1), sample(2, 35, tid=2, switches=1)], 12),
-    "user mode between": (
-        [sample(1, 12), sample(2, 24, mode="user"), sample(3, 48, switches=1)],
-        12,
-    ),
-    "an interrupt over the kernel is the task's time": (
-        [sample(1, 12, mode="hardirq", below="kernel")],
-        12,
-    ),
-    "a softirq over user mode is not": ([sample(1, 12, mode="softirq", below="user")], 0),
-    "user mode only": ([sample(1, 12, mode="user"), close(1, 50)], 0),
-}
-
-
-@pytest.mark.parametrize(("records", "ms"), STUCK.values(), ids=STUCK.keys())
-def test_longest_in_kernel(records: list[Observation], ms: int) -> None:
-    """Only time that samples prove to be one task's in the kernel counts."""
-    closing = records.pop() if records[-1].record.type is RecordType.CLOSE else None
-    assert longest_in_kernel_ns(records, closing) == ms * MS
 
 
 @pytest.mark.parametrize(
@@ -395,10 +315,103 @@ def test_longest_in_kernel(records: list[Observation], ms: int) -> None:
 )
 def test_a_good_part_of_the_stall(mode: str, stuck_ms: int, end_ms: int, verdict: Verdict) -> None:
     """Who stays in the kernel for a short part of a long wait is not the one to blame."""
-    waited = {"ksoftirqd_wait_ns": end_ms * MS}
+    waited = {"waiter_ns": waiters(end_ms * MS)}
     *_, resolved = feed(
         tracker(),
         sample(1, stuck_ms, mode=mode, **waited),
         close(1, end_ms, switches=1, **waited),
     )
     assert resolved.verdict is verdict
+
+
+class TestLookback:
+    """What ran before: in every line but the first, which waits for nothing."""
+
+    BEFORE = History([tick(-600), tick(-513), tick(-512), tick(-4), tick(0), tick(4)])
+
+    def test_not_in_the_first_line(self) -> None:
+        """The first line has none; later ones have it, oldest first, up to the stall's begin."""
+        given = Tracker(THRESHOLD, TICK_NS, MadeHost(self.BEFORE))
+        first, second, resolved = feed(given, sample(1, 12), sample(2, 48), close(2, 50))
+        assert first.lookback is None
+        for update in (second, resolved):
+            assert update.lookback is not None
+            ages = [(each.sample.time_ns - T0) // MS for each in update.lookback]
+            assert ages == [-512, -4, 0]
+        assert resolved.lookback
+        assert resolved.lookback[0].frames == ("f10+0x1", "f20+0x1")
+
+    def test_in_the_only_line(self) -> None:
+        """A stall that is told when it is over has it in its one line."""
+        (resolved,) = feed(Tracker(THRESHOLD, TICK_NS, MadeHost(self.BEFORE)), close(0, 12))
+        assert resolved.lookback is not None
+        assert len(resolved.lookback) == 3
+
+    def test_nothing_is_kept(self) -> None:
+        """Where the kernel keeps nothing, it is empty, not null."""
+        *_, resolved = feed(tracker(), sample(1, 12), close(1, 50))
+        assert resolved.lookback == ()
+
+    @pytest.mark.parametrize(("tick_ms", "reach_ms"), [(10, 1280), (4, 512), (1, 448)])
+    def test_its_reach(self, tick_ms: int, reach_ms: int) -> None:
+        """Two rings full of ticks: what an idle CPU left there is not from before this stall."""
+        assert 128 * max(tick_ms * MS, RING_PERIOD_NS) == reach_ms * MS
+        before = History([tick(-reach_ms - 1), tick(-reach_ms)])
+        given = Tracker(THRESHOLD, tick_ms * MS, MadeHost(before))
+        (resolved,) = feed(given, close(0, 12))
+        assert resolved.lookback is not None
+        assert [each.sample for each in resolved.lookback] == before.ticks[1:]
+
+    def test_the_first_line_looks_once(self) -> None:
+        """The kernel's memory is read when a stall is first heard of, and for each later line."""
+        host = MadeHost()
+        given = Tracker(THRESHOLD, TICK_NS, host)
+        looks = []
+        for each in (sample(1, 12), sample(2, 20), sample(3, 48), close(3, 60)):
+            feed(given, each)
+            looks.append(host.looks)
+        assert looks == [1, 1, 2, 3]
+
+    def test_the_begin_may_turn_out_earlier(self) -> None:
+        """What ran inside the stall, as a later record dates it, is not what ran before."""
+        given = Tracker(THRESHOLD, TICK_NS, MadeHost(self.BEFORE))
+        *_, resolved = feed(given, sample(1, 12), close(1, 50, started_ns=T0 - 4 * MS))
+        assert resolved.lookback is not None
+        ages = [(each.sample.time_ns - T0) // MS for each in resolved.lookback]
+        assert ages == [-513, -512, -4]
+
+
+def test_waiting_threads() -> None:
+    """Threads other than ksoftirqd are told by pid, with their longest waits from the threshold."""
+    *_, resolved = feed(
+        tracker(),
+        sample(1, 12, waiter_ns=waiters(0, 12 * MS, 3 * MS), waiter_pid=waiters(16, 40, 50)),
+        close(1, 30, waiter_ns=waiters(0, 29 * MS, 10 * MS), waiter_pid=waiters(16, 40, 60)),
+    )
+    assert resolved.waiting == {40: 29 * MS, 60: 10 * MS}
+    assert (resolved.ksoftirqd_pid, resolved.ksoftirqd_wait_ns) == (0, 0)
+
+
+def test_a_state_tells_waiting_threads() -> None:
+    """Where the closing record was lost, the shared state has the waits of all of them."""
+    given = tracker()
+    feed(given, sample(1, 12))
+    known = StallState(1, False, T0 + 40 * MS, waits(), waiters(39 * MS, 20 * MS), waiters(16, 40))
+    given.expire(T0, lambda cpu: known)
+    (resolved,) = given.expire(T0 + CLOSE_GRACE_NS, lambda cpu: known)
+    assert resolved.waiting == {40: 20 * MS}
+    assert (resolved.ksoftirqd_pid, resolved.ksoftirqd_wait_ns) == (16, 39 * MS)
+
+
+def test_an_nmi_took_the_stack() -> None:
+    """The update says whether the stack that it shows is the NMI sampler's."""
+    for source in (Source.NMI, Source.TICK):
+        (update,) = feed(tracker(), sample(1, 12, source=source, late_ns=12 * MS))
+        assert update.nmi is (source is Source.NMI)
+
+
+def test_rules_of_a_line_with_little() -> None:
+    """A lone closing record of a watched thread itself: no blocker, no stack, no error."""
+    (resolved,) = feed(tracker(), close(0, 12, tid=16, waiter_ns=waiters(12 * MS)))
+    assert (resolved.blocker, resolved.kernel_stack, resolved.captured) == (None, (), "none")
+    assert (resolved.stolen_ns, resolved.handler, resolved.net.napi) == (None, None, {})

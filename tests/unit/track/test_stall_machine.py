@@ -9,18 +9,22 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from stalld.records import RecordType, Source
+from stalld.records import LOOKBACK_SAMPLES, VEC_NONE, RecordType, Source, TickSample
 from stalld.state import StallState
-from stalld.track.stall import (
-    CLOSE_GRACE_NS,
-    MAX_ONGOING,
-    Ended,
-    Observation,
-    Phase,
-    Tracker,
-    Update,
+from stalld.track.model import Ended, History, Observation, Phase, Update
+from stalld.track.stall import CLOSE_GRACE_NS, MAX_ONGOING, Tracker
+from stalld.track.verdict import Verdict
+from tests.unit.make import (
+    MS,
+    T0,
+    THRESHOLD,
+    TICK_NS,
+    MadeHost,
+    observation,
+    tick,
+    waiters,
+    waits,
 )
-from tests.unit.make import MS, T0, THRESHOLD, observation, waits
 
 CPUS = st.integers(0, 2)
 STEPS = st.sampled_from([1, THRESHOLD, 4 * MS, 150 * MS, CLOSE_GRACE_NS])
@@ -40,6 +44,23 @@ class KernelCpu:
     switches: int = 0
     tid: int = 5
     waited_ns: dict[str, int] = field(default_factory=dict)
+    late_ns: int = 0
+    served_ns: int = 0
+    steal_ns: int = 0
+    packets: int = 0xFFFFFFF0
+    ticks: list[TickSample] = field(default_factory=list)
+
+
+class Machine(MadeHost):
+    """Keeps the rings of all CPUs."""
+
+    def __init__(self, kernel: list[KernelCpu], inline: bool | None, tells_steal: bool) -> None:
+        super().__init__(inline=inline, tells_steal=tells_steal)
+        self.kernel = kernel
+
+    def history(self, cpu: int) -> History:
+        """The ring as it is now."""
+        return History(self.kernel[cpu].ticks[-LOOKBACK_SAMPLES:])
 
 
 class TrackerMachine(RuleBasedStateMachine):
@@ -48,11 +69,13 @@ class TrackerMachine(RuleBasedStateMachine):
     @initialize(
         first=st.sampled_from([0, 1, 0x7FFFFFFE, 0xFFFFFFFD, 0xFFFFFFFF]),
         inline=st.sampled_from([None, False, True]),
+        tells_steal=st.booleans(),
     )
-    def start(self, first: int, inline: bool | None) -> None:
+    def start(self, first: int, inline: bool | None, tells_steal: bool) -> None:
         self.now_ns = T0
-        self.tracker = Tracker(THRESHOLD, lambda: inline)
         self.kernel = [KernelCpu(first) for _ in range(3)]
+        host = Machine(self.kernel, inline, tells_steal)
+        self.tracker = Tracker(THRESHOLD, TICK_NS, host)
         self.updates: dict[tuple[int, int], list[Update]] = defaultdict(list)
         self.delivered: dict[tuple[int, int], int] = defaultdict(int)
         self.overflowed: set[tuple[int, int]] = set()
@@ -69,10 +92,37 @@ class TrackerMachine(RuleBasedStateMachine):
         self.kernel[cpu].switches += 1
         self.kernel[cpu].tid += others
 
+    @rule(cpu=CPUS, count=st.sampled_from([1, 3, 70]), stolen=st.sampled_from([0, MS, THRESHOLD]))
+    def ticks(self, cpu: int, count: int, stolen: int) -> None:
+        """Ticks come and are kept."""
+        known = self.kernel[cpu]
+        for _ in range(count):
+            self.now_ns += TICK_NS
+            known.steal_ns += stolen
+            known.packets = (known.packets + 3) & 0xFFFFFFFF
+            at_ms = (self.now_ns - T0) / MS
+            known.ticks.append(
+                tick(at_ms, tid=known.tid, steal_ns=known.steal_ns, processed=known.packets)
+            )
+
+    @rule(cpu=CPUS, late=st.sampled_from([THRESHOLD, 60 * MS]))
+    def late_tick(self, cpu: int, late: int) -> None:
+        """A tick of the stall comes too late."""
+        known = self.kernel[cpu]
+        self.now_ns += late
+        known.late_ns = max(known.late_ns, late) if known.active else 0
+
+    @rule(cpu=CPUS, served=st.sampled_from([THRESHOLD, 60 * MS]))
+    def handler(self, cpu: int, served: int) -> None:
+        """A handler runs for long."""
+        known = self.kernel[cpu]
+        self.now_ns += served
+        known.served_ns = max(known.served_ns, served) if known.active else 0
+
     @rule(
         cpu=CPUS,
         arrives=st.booleans(),
-        source=st.sampled_from([Source.TICK, Source.SWITCH]),
+        source=st.sampled_from([Source.TICK, Source.SWITCH, Source.NMI]),
         mode=MODES,
         wait=WAITS,
         jitter=st.sampled_from([0, -1, -3 * MS]),
@@ -159,15 +209,31 @@ class TrackerMachine(RuleBasedStateMachine):
             durations = [line.duration_ns for line in lines]
             assert durations[0] >= 0
             assert durations == sorted(durations)
+            assert [line.lookback is None for line in lines] == [
+                n == 0 and line.phase is Phase.ONGOING for n, line in enumerate(lines)
+            ]
             for line in lines:
                 assert all(wait >= THRESHOLD for wait in line.starved.values())
                 assert (line.ended is None) == (line.phase is Phase.ONGOING)
                 assert line.samples <= line.expected
                 assert line.lost >= 0
+                self._consistent(line)
             per_cpu[cpu] += Phase.RESOLVED not in phases
         assert set(self.updates) == self.seen
         assert self.tracker.open == any(per_cpu.values())
         assert all(count <= 1 for count in per_cpu.values())
+
+    def _consistent(self, line: Update) -> None:
+        assert line.stolen_ns is None or 0 <= line.stolen_ns <= line.duration_ns
+        assert (line.verdict is Verdict.VCPU_PREEMPTED) <= (line.blocker is None)
+        assert (line.blocker is None) <= (line.kernel_stack == () and line.captured == "none")
+        assert all(wait >= THRESHOLD for wait in line.waiting.values())
+        assert line.handler is None or line.handler.service_ns >= THRESHOLD
+        assert min(line.net.runs, line.net.service_ns, line.net.packets or 0) >= 0
+        if line.lookback is not None:
+            times = [each.sample.time_ns for each in line.lookback]
+            assert times == sorted(times)
+            assert all(at_ns <= line.started_ns for at_ns in times)
 
     def teardown(self) -> None:
         """At the end each stall that was ever seen is resolved, once."""
@@ -187,6 +253,9 @@ class TrackerMachine(RuleBasedStateMachine):
             started_ns=self.now_ns - THRESHOLD,
             ended_ns=old.ended_ns,
             tid=old.tid,
+            steal_ns=old.steal_ns,
+            packets=old.packets,
+            ticks=old.ticks,
         )
         return self.kernel[cpu]
 
@@ -211,7 +280,13 @@ class TrackerMachine(RuleBasedStateMachine):
             time_ns=self.now_ns + jitter,
             started_ns=known.started_ns,
             wait_ns=waits(NET_RX=wait),
-            ksoftirqd_wait_ns=wait // 2,
+            waiter_ns=waiters(wait // 2, wait),
+            waiter_pid=waiters(16, 40 + known.switches),
+            late_ns=known.late_ns,
+            served_ns=known.served_ns,
+            served_vec=3 if known.served_ns else VEC_NONE,
+            steal_ns=known.steal_ns,
+            processed=known.packets,
             switches=known.switches,
             sample_nr=known.sample_nr,
             tid=known.tid,
@@ -244,7 +319,8 @@ class TrackerMachine(RuleBasedStateMachine):
             known.active and not torn,
             ended_ns,
             waits(**known.waited_ns),
-            0,
+            waiters(),
+            waiters(),
         )
 
 

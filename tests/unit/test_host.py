@@ -1,0 +1,161 @@
+"""What the tracker asks about the machine: shared memory, symbols, the hypervisor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stalld.enrich.stack import Mode, Trimmed
+from stalld.host import LocalHost, below, is_virtual
+from stalld.rings import Polled
+from stalld.track.model import Host
+from tests.unit import make
+from tests.unit.make import keep, tick
+
+CPUS = 2
+
+
+class Symbols:
+    """Names every address, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[tuple[int, ...], str]] = []
+
+    def trimmed(self, addresses: tuple[int, ...], kind: str) -> Trimmed:
+        """Cuts nothing."""
+        self.asked.append((addresses, kind))
+        return Trimmed(tuple(f"f{a:x}+0x1" for a in addresses), "kernel", True, 0, len(addresses))
+
+
+class Made:
+    """A host whose maps are memory of our own."""
+
+    def __init__(self, virtual: bool = False) -> None:
+        self.maps = make.maps(CPUS)
+        self.rings = make.rings(self.maps)
+        self.symbols = Symbols()
+        symbols: Any = self.symbols
+        self.host: Host = LocalHost(self.maps, self.rings, symbols, virtual)
+
+
+def test_history() -> None:
+    """Ticks and polls of the CPU that is asked for, without a name looked up."""
+    made = Made()
+    keep(made.rings, 1, tick(5))
+    made.maps.cpus[1].napi_polls = 3
+    history = made.host.history(1)
+    assert (list(history.ticks), history.napi) == ([tick(5)], {(0, b""): Polled(3, 0, 0)})
+    assert (list(made.host.history(0).ticks), made.host.history(0).napi) == ([], {})
+    assert made.symbols.asked == []
+
+
+def test_history_is_a_copy() -> None:
+    """What the kernel writes later does not change what was looked at."""
+    made = Made()
+    history = made.host.history(0)
+    keep(made.rings, 0, tick(5))
+    made.maps.cpus[0].napi_polls = 3
+    assert (list(history.ticks), history.napi) == ([], {})
+
+
+def test_explain() -> None:
+    """The stack of a tick is one that an interrupt took."""
+    made = Made()
+    found = made.host.explain(tick(5, stack=(1, 2)))
+    assert found == (tick(5, stack=(1, 2)), "kernel", ("f1+0x1", "f2+0x1"))
+    assert made.symbols.asked == [((1, 2), "tick")]
+
+
+def test_serves_inline() -> None:
+    """As the shared state has learned."""
+    made = Made()
+    assert made.host.serves_inline() is None
+    made.maps.cpus[1].inline_served = 3
+    assert made.host.serves_inline() is True
+
+
+@pytest.mark.parametrize(
+    ("virtual", "version", "told"),
+    [(False, 0, True), (True, 0, False), (True, 2, True), (True, 0xFFFFFFFF, True)],
+)
+def test_tells_steal(virtual: bool, version: int, told: bool) -> None:
+    """A guest needs a hypervisor that counts its updates on that CPU; a real machine none."""
+    made = Made(virtual)
+    made.maps.cpus[1].steal_version = version
+    assert made.host.tells_steal(1) is told
+    assert made.host.tells_steal(0) is not virtual
+
+
+FRAMES = ("own+0x1", "task+0x1")
+
+
+@pytest.mark.parametrize(
+    ("mode", "own", "tid", "found"),
+    [
+        ("softirq", 1, 7, "kernel"),
+        ("softirq", 2, 7, "user"),
+        ("softirq", 1, 0, "idle"),
+        ("softirq", 2, 0, "idle"),
+        ("hardirq", 1, 7, "kernel"),
+        ("hardirq", 2, 7, "user"),
+        ("hardirq", 1, 0, "idle"),
+        ("kernel", 2, 7, None),
+        ("user", 0, 7, None),
+        ("idle", 2, 0, None),
+        (None, 2, 7, None),
+    ],
+)
+def test_below(mode: Mode | None, own: int, tid: int, found: str | None) -> None:
+    """What an interrupt or softirq came over; what is neither came over nothing."""
+    assert below(Trimmed(FRAMES, mode, mode is not None, 0, own), tid) == found
+
+
+class TestVirtual:
+    """Whether a hypervisor may take the CPUs away."""
+
+    CPUINFO = "processor\t: 0\nmodel name\t: hypervisor inside\nflags\t\t: fpu vme{}\nbugs\t\t:\n"
+    STAT = "cpu  10 0 20 3000 5 0 1 {} 0 0\ncpu0 10 0 20 3000 5 0 1 9 0 0\n"
+
+    def made(self, root: Path, flag: str = "", stolen: int = 0) -> tuple[str, str]:
+        """A /proc and a /sys."""
+        (root / "proc").mkdir()
+        (root / "sys").mkdir()
+        (root / "proc/cpuinfo").write_text(self.CPUINFO.format(flag))
+        (root / "proc/stat").write_text(self.STAT.format(stolen))
+        return str(root / "proc"), str(root / "sys")
+
+    def test_a_real_machine(self, tmp_path: Path) -> None:
+        """No flag, no hypervisor's file, nothing stolen; a model's name says nothing."""
+        assert not is_virtual(*self.made(tmp_path))
+
+    def test_the_flag(self, tmp_path: Path) -> None:
+        """x86 has a flag for it, and only a whole word counts."""
+        assert is_virtual(*self.made(tmp_path, " hypervisor lahf_lm"))
+
+    def test_a_flag_that_is_called_alike(self, tmp_path: Path) -> None:
+        """Part of another word is not that flag."""
+        assert not is_virtual(*self.made(tmp_path, " hypervisors"))
+
+    @pytest.mark.parametrize("path", ["sys/hypervisor/type", "proc/device-tree/hypervisor"])
+    def test_files(self, tmp_path: Path, path: str) -> None:
+        """Xen and device trees have a file."""
+        roots = self.made(tmp_path)
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).touch()
+        assert is_virtual(*roots)
+
+    def test_stolen_time(self, tmp_path: Path) -> None:
+        """Time that was stolen from any CPU proves it."""
+        assert is_virtual(*self.made(tmp_path, stolen=1))
+
+    def test_an_old_stat(self, tmp_path: Path) -> None:
+        """A line without that column tells nothing."""
+        proc, sys = self.made(tmp_path)
+        Path(proc, "stat").write_text("cpu  10 0 20 3000\n")
+        assert not is_virtual(proc, sys)
+
+    def test_this_machine(self) -> None:
+        """The real files are read without an error."""
+        assert is_virtual() in (True, False)

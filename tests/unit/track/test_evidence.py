@@ -1,0 +1,296 @@
+"""What records prove, one question after the other."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+
+from stalld.records import RecordType, Source
+from stalld.rings import Napi, Polled
+from stalld.track import evidence
+from stalld.track.evidence import (
+    after_late,
+    enabled_interrupts,
+    longest_in_kernel_ns,
+    lookback,
+    net_of,
+    path,
+    weigh,
+)
+from stalld.track.gather import Stall
+from stalld.track.model import History, Net, Observation
+from stalld.track.verdict import Evidence
+from tests.unit.make import (
+    MS,
+    T0,
+    THRESHOLD,
+    MadeHost,
+    close,
+    observation,
+    sample,
+    tick,
+    waiters,
+    waits,
+)
+
+
+def stall(*observations: Observation, **changes: Any) -> Stall:
+    """A stall of these records."""
+    given = Stall(0, 1, T0, **{"before": History(), **changes})
+    for each in observations:
+        given.take(each)
+    return given
+
+
+def weighed(*observations: Observation, **changes: Any) -> Evidence:
+    """What they prove on a machine that serves inline and tells what is stolen."""
+    return weigh(stall(*observations, **changes), THRESHOLD, True, True)
+
+
+STUCK: dict[str, tuple[list[Observation], int]] = {
+    "no sample": ([close(0, 50)], 0),
+    "never switched: since the stall began": ([sample(1, 12)], 12),
+    "until the close, which shows the same number of switches": (
+        [sample(1, 12), close(1, 50)],
+        50,
+    ),
+    "switched before the close": ([sample(1, 12), close(1, 50, switches=1)], 12),
+    "two samples, no switch between": (
+        [sample(1, 20, switches=3), sample(2, 35, switches=3)],
+        15,
+    ),
+    "a switch between": ([sample(1, 20, switches=3), sample(2, 35, switches=4)], 0),
+    "another task": ([sample(1, 12, tid=1), sample(2, 35, tid=2, switches=1)], 12),
+    "user mode between": (
+        [sample(1, 12), sample(2, 24, mode="user"), sample(3, 48, switches=1)],
+        12,
+    ),
+    "an interrupt over the kernel is the task's time": (
+        [sample(1, 12, mode="hardirq", below="kernel")],
+        12,
+    ),
+    "a softirq over user mode is not": ([sample(1, 12, mode="softirq", below="user")], 0),
+    "user mode only": ([sample(1, 12, mode="user"), close(1, 50)], 0),
+}
+
+
+@pytest.mark.parametrize(("records", "ms"), STUCK.values(), ids=STUCK.keys())
+def test_longest_in_kernel(records: list[Observation], ms: int) -> None:
+    """Only time that samples prove to be one task's in the kernel counts."""
+    closing = records.pop() if records[-1].record.type is RecordType.CLOSE else None
+    assert longest_in_kernel_ns(records, closing) == ms * MS
+
+
+ENABLED: dict[str, tuple[str | None, tuple[str, ...], bool]] = {
+    "a spin lock": ("kernel", ("_raw_spin_unlock_irqrestore+0x14", "spin+0x1"), True),
+    "another one": ("kernel", ("_raw_spin_unlock_irq+0x10",), True),
+    "a lock for readers": ("kernel", ("_raw_read_unlock_irqrestore+0x14",), True),
+    "of older kernels": ("kernel", ("__raw_spin_unlock_irqrestore+0x14",), True),
+    "behind a context switch": ("kernel", ("finish_task_switch.isra.0+0x90",), True),
+    "local_irq_enable": ("kernel", ("raw_local_irq_enable+0x1",), True),
+    "a plain unlock": ("kernel", ("_raw_spin_unlock+0x14",), False),
+    "bottom halves": ("kernel", ("_raw_spin_unlock_bh+0x14",), False),
+    "one of a module that is called alike": ("kernel", ("my_raw_spin_unlock_irq+0x1",), False),
+    "not on top": ("kernel", ("spin+0x1", "_raw_spin_unlock_irqrestore+0x14"), False),
+    "in a softirq": ("softirq", ("_raw_spin_unlock_irqrestore+0x14",), False),
+    "no stack": ("kernel", (), False),
+    "user mode": ("user", (), False),
+    "a stack that was not recognised": (None, ("_raw_spin_unlock_irqrestore+0x14",), False),
+}
+
+
+@pytest.mark.parametrize(("mode", "frames", "enabled"), ENABLED.values(), ids=ENABLED.keys())
+def test_enabled_interrupts(mode: str | None, frames: tuple[str, ...], enabled: bool) -> None:
+    """Only a function that enables them, at the very place where the interrupt came."""
+    assert enabled_interrupts(observation(mode, frames)) is enabled
+
+
+class TestAfterLate:
+    """Which stack is the first one after a tick that came too late."""
+
+    def test_the_late_tick_itself(self) -> None:
+        """The first tick whose record tells of lateness; later ones are not it."""
+        late = sample(2, 30, late_ns=15 * MS)
+        assert after_late(
+            stall(sample(1, 12), late, sample(3, 60, late_ns=15 * MS), close(3, 90, late_ns=15))
+        ) == [late]
+
+    def test_it_closed_the_stall(self) -> None:
+        """Where nothing waits any more, the late tick's record is the last."""
+        late = close(0, 30, source=Source.TICK, late_ns=30 * MS)
+        assert after_late(stall(late)) == [late]
+
+    def test_nmis_before(self) -> None:
+        """They came while interrupts were off."""
+        nmi, late = sample(1, 12, source=Source.NMI, late_ns=12 * MS), sample(2, 30, late_ns=1)
+        assert after_late(stall(nmi, late)) == [nmi, late]
+
+    @pytest.mark.parametrize("source", [Source.SWITCH, Source.ENTRY, Source.EXIT])
+    def test_other_records(self, source: Source) -> None:
+        """A switch or a service tells the lateness too, yet comes when it likes."""
+        assert after_late(stall(close(0, 30, source=source, late_ns=20 * MS))) == []
+
+    def test_no_late_tick(self) -> None:
+        """Nothing was late."""
+        assert after_late(stall(sample(1, 12), close(1, 30))) == []
+
+
+class TestWeigh:
+    """Thresholds and parts."""
+
+    def test_nothing(self) -> None:
+        """A stall without any record proves nothing, and fails nowhere."""
+        assert weighed() == Evidence(serves_inline=True)
+
+    @pytest.mark.parametrize(
+        ("late_ms", "at_ms", "is_late"),
+        [(10, 10, True), (10, 20, True), (10, 21, False), (9, 9, False), (30, 60, True)],
+    )
+    def test_late(self, late_ms: int, at_ms: int, is_late: bool) -> None:
+        """The threshold and half of the stall."""
+        assert weighed(sample(1, at_ms, late_ns=late_ms * MS)).late is is_late
+
+    @pytest.mark.parametrize(
+        ("stolen_ms", "stolen", "is_late"), [(0, 0, 1), (14, 0, 1), (15, 1, 1)]
+    )
+    def test_late_without_what_was_stolen(self, stolen_ms: int, stolen: int, is_late: int) -> None:
+        """A CPU that was taken away for a part of it explains that part of the lateness."""
+        late = sample(1, 30, late_ns=30 * MS, steal_ns=1 + stolen_ms * MS)
+        found = weighed(late, before=History([tick(-2, steal_ns=1)]))
+        assert (found.stolen, found.late) == (stolen, is_late)
+
+    @pytest.mark.parametrize(
+        ("served_ms", "at_ms", "long"), [(10, 20, True), (10, 21, False), (9, 10, False)]
+    )
+    def test_handler(self, served_ms: int, at_ms: int, long: bool) -> None:
+        """Likewise for a handler."""
+        found = weighed(sample(1, at_ms, served_ns=served_ms * MS, served_vec=3))
+        assert found.handler_long is long
+
+    def test_a_handler_in_service(self) -> None:
+        """It counts where the sample saw a starved vector, not elsewhere."""
+        starved = {"wait_ns": waits(TIMER=12 * MS)}
+        assert weighed(sample(1, 12, serving_vec=3, **starved)).handler_ran
+        assert not weighed(sample(1, 12, serving_vec=3), sample(2, 24, **starved)).handler_ran
+
+    def test_starved_modes(self) -> None:
+        """Those of samples that saw it pending; what the end of it hit says nothing."""
+        starved = {"wait_ns": waits(TIMER=12 * MS)}
+        found = weighed(
+            sample(1, 12, mode="user"),
+            sample(2, 20, mode="kernel", **starved),
+            sample(3, 30, mode=None, **starved),
+            close(3, 31, mode="idle", **starved),
+        )
+        assert found.starved
+        assert found.starved_modes == {"kernel", None}
+
+    @pytest.mark.parametrize(
+        ("waiting", "waited", "runnable"),
+        [
+            (waiters(), False, False),
+            (waiters(9 * MS), False, True),
+            (waiters(10 * MS), True, True),
+            (waiters(0, 0, 10 * MS), True, False),
+            (waiters(9 * MS, 9 * MS, 9 * MS), False, True),
+        ],
+    )
+    def test_waiters(self, waiting: tuple[int, ...], waited: bool, runnable: bool) -> None:
+        """Any watched thread's wait counts from the threshold, only ksoftirqd's before."""
+        found = weighed(sample(1, 12, waiter_ns=waiting, waiter_pid=waiters(16, 40, 50)))
+        assert (found.waited, found.ksoftirqd_runnable) == (waited, runnable)
+
+    def test_what_gave_way(self) -> None:
+        """A task that gave way out of user mode was there; what served late vectors was not."""
+        assert weighed(close(0, 12, source=Source.SWITCH, mode="user")).user
+        assert not weighed(close(0, 12, source=Source.ENTRY, mode="user")).user
+        assert weighed(sample(1, 12, mode="hardirq", below="user")).user
+
+    def test_others(self) -> None:
+        """Switches, or two tasks at two samples."""
+        assert not weighed(sample(1, 12), sample(2, 20)).others
+        assert weighed(sample(1, 12), sample(2, 20, tid=7)).others
+        assert weighed(sample(1, 12, switches=1)).others
+
+
+class TestNet:
+    """What the CPU did for the network."""
+
+    COUNTS: ClassVar[dict[str, int]] = {
+        "net_rx_runs": 5,
+        "net_rx_ns": 7 * MS,
+        "processed": 100,
+        "squeezed": 2,
+    }
+
+    def counted(self, **more: int) -> dict[str, int]:
+        """The counters, some of them further on."""
+        return {name: count + more.get(name, 0) for name, count in self.COUNTS.items()}
+
+    def test_since_the_last_tick_before(self) -> None:
+        """The differences of the counters."""
+        before = History([tick(-8), tick(-4, **self.COUNTS), tick(4, **self.counted(processed=9))])
+        more = self.counted(net_rx_runs=3, net_rx_ns=2 * MS, processed=64, squeezed=1)
+        assert net_of(stall(close(0, 12, **more), before=before)) == Net(3, 2 * MS, 64, 1, {})
+
+    def test_the_newest_record_counts(self) -> None:
+        """The last sample, then the closing record."""
+        before = History([tick(-4, **self.COUNTS)])
+        given = stall(
+            sample(1, 12, **self.counted(processed=1)),
+            sample(2, 20, **self.counted(processed=2)),
+            before=before,
+        )
+        assert net_of(given).packets == 2
+        given.take(close(2, 30, **self.counted(processed=3)))
+        assert net_of(given).packets == 3
+
+    def test_counters_that_wrap(self) -> None:
+        """The kernel's counters have 32 bits."""
+        last = {"net_rx_runs": 0xFFFFFFFF, "processed": 0xFFFFFFF0, "squeezed": 0xFFFFFFFE}
+        now = {"net_rx_runs": 1, "processed": 0x10, "squeezed": 0}
+        found = net_of(stall(close(0, 12, **now), before=History([tick(-4, **last)])))
+        assert (found.runs, found.packets, found.squeezed) == (2, 0x20, 2)
+
+    def test_counters_that_cannot_be_read(self) -> None:
+        """They are unknown then, not 0; our own are known all the same."""
+        before = History([tick(-4, net_rx_runs=1)])
+        found = net_of(stall(close(0, 12, net_rx_runs=2, net_rx_ns=MS), before=before))
+        assert found == Net(1, MS, None, None, {})
+
+    def test_without_a_tick_before(self) -> None:
+        """Counted from the first sample on; of a closing record alone nothing is known."""
+        first, last = self.counted(), self.counted(net_rx_runs=1, processed=5)
+        assert net_of(stall(sample(1, 12, **first), close(1, 20, **last))) == Net(1, 0, 5, 0, {})
+        assert net_of(stall(close(0, 20, **last))) == Net(0, 0, 0, 0, {})
+        assert net_of(stall()) == Net(0, 0, None, None, {})
+
+    def test_napi(self) -> None:
+        """What was polled since the stall was heard of."""
+        before: Napi = {(2, b"eth0"): Polled(5, 50, 1)}
+        given = stall(sample(1, 12), before=History((), before))
+        given.meanwhile = History((), {(2, b"eth0"): Polled(7, 114, 2)})
+        assert net_of(given).napi == {(2, b"eth0"): (2, 64, 1)}
+
+
+def test_lookback() -> None:
+    """Ticks up to the begin, from as long ago as asked for, oldest first, with their stacks."""
+    given = stall(before=History([tick(-101), tick(-100), tick(-1, stack=()), tick(0), tick(1)]))
+    found = lookback(given, MadeHost().explain, 100 * MS)
+    assert [each.sample for each in found] == [tick(-100), tick(-1, stack=()), tick(0)]
+    assert [each.mode for each in found] == ["kernel", "user", "kernel"]
+
+
+def test_path() -> None:
+    """Offsets and modules make no difference, bare addresses do."""
+    assert path(("a+0x1 [m]", "b+0x22", "0xffff800000001234")) == ("a", "b", "0xffff800000001234")
+    assert path(()) == ()
+
+
+def test_nobody_without_records() -> None:
+    """A stall that has no record yet blames nobody and shows nothing."""
+    given = stall()
+    assert evidence.main_observation(given) is None
+    assert evidence.main_consumer(given) is None
+    assert evidence.longest_handler(given, THRESHOLD) is None
