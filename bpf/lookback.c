@@ -8,6 +8,8 @@
 /* The ring reaches back a quarter of a second, also where the tick is faster than 250 Hz. */
 #define LOOKBACK_PERIOD_NS 3500000
 
+#define barrier() asm volatile("" ::: "memory")
+
 /* The tick is the hrtimer with the tick's function; its place is per-CPU and fixed. */
 static __always_inline void learn_tick(struct cpu_state *st, struct watch_config *cfg,
 				       struct hrtimer *timer)
@@ -31,7 +33,7 @@ static __always_inline void check_late(struct cpu_state *st, struct watch_config
 
 int handle_tick(struct bpf_raw_tracepoint_args *ctx)
 {
-	u32 cpu = bpf_get_smp_processor_id(), place;
+	u32 cpu = bpf_get_smp_processor_id(), half, place;
 	struct task_struct *task;
 	struct watch_config *cfg;
 	struct tick_sample *sample;
@@ -60,7 +62,9 @@ int handle_tick(struct bpf_raw_tracepoint_args *ctx)
 
 	if (!cfg->lookback || now - st->last_lookback_ns < LOOKBACK_PERIOD_NS)
 		return 0;
-	place = cpu * LOOKBACK_SAMPLES + st->ticks % LOOKBACK_SAMPLES;
+	half = st->ring & 1;
+	place = (cpu * LOOKBACK_RINGS + half) * LOOKBACK_SAMPLES +
+		st->ticks[half] % LOOKBACK_SAMPLES;
 	sample = rings.lookup(&place);
 	if (!sample)
 		return 0;
@@ -70,6 +74,7 @@ int handle_tick(struct bpf_raw_tracepoint_args *ctx)
 	softnet = softnet_counters(st, cfg);
 	/* The reader takes no sample whose time is 0, or changed meanwhile. */
 	*(volatile u64 *)&sample->time_ns = 0;
+	barrier();
 	sample->steal_ns = steal_clock(st, cfg);
 	sample->net_rx_ns = net_rx_so_far(st, now);
 	sample->net_rx_runs = st->net_rx_runs;
@@ -82,7 +87,8 @@ int handle_tick(struct bpf_raw_tracepoint_args *ctx)
 	bpf_get_current_comm(sample->comm, sizeof(sample->comm));
 	bytes = bpf_get_stack(ctx, sample->stack, sizeof(sample->stack), 0);
 	sample->stack_bytes = bytes > 0 ? bytes : 0;
+	barrier();
 	*(volatile u64 *)&sample->time_ns = now;
-	st->ticks++;
+	st->ticks[half]++;
 	return 0;
 }

@@ -24,6 +24,21 @@ static __always_inline void give_away(struct cpu_state *st, struct napi_slot *sl
 	slot->polls = 0;
 	slot->packets = 0;
 	slot->exhausted = 0;
+	slot->seq = 0;
+}
+
+static __always_inline void count_in_stall(struct napi_slot *slot, u32 seq, u32 work,
+					   bool exhausted)
+{
+	if (slot->seq != seq) {
+		slot->seq = seq;
+		slot->stall_polls = 0;
+		slot->stall_packets = 0;
+		slot->stall_exhausted = 0;
+	}
+	slot->stall_polls++;
+	slot->stall_packets += work;
+	slot->stall_exhausted += exhausted;
 }
 
 int handle_napi_poll(struct bpf_raw_tracepoint_args *ctx)
@@ -56,6 +71,8 @@ int handle_napi_poll(struct bpf_raw_tracepoint_args *ctx)
 		slot->polls++;
 		slot->packets += work;
 		slot->exhausted += work >= budget;
+		if (st->active)
+			count_in_stall(slot, st->seq, work, work >= budget);
 	}
 	if (st->napi_wanted) {
 		struct napi_slot polled = {};

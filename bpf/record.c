@@ -88,6 +88,7 @@ static __always_inline void emit(void *ctx, struct cpu_state *st, struct watch_c
 	rec->squeezed = softnet >> 32;
 	fill_waits(rec, st, type, now);
 	fill_service(rec, st, now);
+	rec->switched_ns = st->switched_ns;
 	rec->cgroup_id = bpf_get_current_cgroup_id();
 	rec->tgid = id >> 32;
 	rec->tid = id;
@@ -174,7 +175,7 @@ static __always_inline u32 look(struct cpu_state *st, struct watch_config *cfg, 
 		st->late_ns = max_u63(st->late_ns, late);
 	if (oldest >= SERIOUS_FACTOR * cfg->threshold_ns)
 		st->muted = 0;
-	if (service_age(st, now) >= cfg->threshold_ns)
+	if (st->serving == VEC_NET_RX + 1 && service_age(st, now) >= cfg->threshold_ns)
 		st->napi_wanted = 1;
 	if (st->sample_nr >= cfg->max_samples || now < st->next_sample_ns)
 		return 0;

@@ -30,12 +30,14 @@
 /* As deep as perf goes. One below a power of two, so that a mask bounds it. */
 #define KERNEL_STACK_DEPTH 127
 #define USER_STACK_DEPTH 27
-#define LOOKBACK_DEPTH 48
+#define LOOKBACK_DEPTH 32
 
 /* Watched kernel threads that may wait for one CPU at a time; ksoftirqd is the first. */
 #define WAITERS 8
 #define KSOFTIRQD 0
 #define LOOKBACK_SAMPLES 64
+/* Two rings a CPU: when a stall begins, the one that tells of before is left alone. */
+#define LOOKBACK_RINGS 2
 #define NAPI_SLOTS 16
 #define BUCKET_TASKS 4
 #define CPU_ANY 0xffffffffU
@@ -68,6 +70,7 @@ struct stall_record {
 	u64 served_ns; /* longest service of one handler, the present one included */
 	u64 steal_ns; /* the hypervisor's steal clock of this CPU; 0: none */
 	u64 net_rx_ns; /* in net_rx_action, ever */
+	u64 switched_ns; /* since when the task has had the CPU, if that began meanwhile */
 	u64 cgroup_id;
 	u64 wait_ns[VEC_COUNT]; /* sample: age now; close: longest wait */
 	u64 waiter_ns[WAITERS]; /* runnable and not running, likewise */
@@ -135,6 +138,7 @@ struct cpu_state {
 	u64 next_sample_ns;
 	u64 spacing_ns;
 	u64 ended_ns; /* of the last stall */
+	u64 switched_ns; /* last context switch while something waited */
 	u64 waited_ns[VEC_COUNT]; /* longest waits >= threshold of this stall */
 	u64 served_ns; /* longest service >= threshold of this stall */
 	u64 late_ns; /* the longest that a tick of this stall came too late */
@@ -142,7 +146,7 @@ struct cpu_state {
 	u64 suppressed_ns; /* of all suppressed stalls */
 	u64 last_tick_ns;
 	u64 last_lookback_ns;
-	u64 ticks; /* samples in the ring, ever; the next goes to ticks % LOOKBACK_SAMPLES */
+	u64 ticks[LOOKBACK_RINGS]; /* samples ever; the next goes to ticks % LOOKBACK_SAMPLES */
 	u64 tick_timer; /* hrtimer of this CPU's tick; 0: not known yet */
 	u32 seq;
 	u32 sample_nr;
@@ -161,13 +165,13 @@ struct cpu_state {
 	u32 steal_version; /* 0: the hypervisor keeps no steal clock */
 	u32 hotplug; /* last target of a hotplug, plus 1 */
 	u32 source; /* whose record handle_record is to make */
-	u32 reserved0;
+	u32 ring; /* that is written now */
 	u32 napi_wanted; /* the next poll to end is the one of a long handler */
 	u32 napi_ifindex;
 	u32 napi_work;
 	u32 napi_budget;
 	char napi_name[COMM_LEN];
-	u64 reserved[7];
+	u64 reserved[5];
 };
 
 /* One element, written by user space. threshold_ns 0: record nothing. */
@@ -193,7 +197,7 @@ struct watched_bucket {
 	u32 cpu[BUCKET_TASKS]; /* CPU_ANY: ask the task */
 };
 
-/* What ran when a tick came. Each CPU has a ring of LOOKBACK_SAMPLES of them. */
+/* What ran when a tick came. Each CPU has LOOKBACK_RINGS rings of LOOKBACK_SAMPLES of them. */
 struct tick_sample {
 	u64 time_ns; /* 0: being written */
 	u64 steal_ns;
@@ -218,6 +222,10 @@ struct napi_slot {
 	u64 exhausted; /* polls that used their whole budget */
 	u64 checked; /* jiffies when name and ifindex were read */
 	u32 ifindex;
+	u32 seq; /* the stall that these are of: */
+	u32 stall_polls;
+	u32 stall_packets;
+	u32 stall_exhausted;
 	u32 reserved;
 	char name[COMM_LEN];
 };

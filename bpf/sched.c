@@ -16,32 +16,42 @@ static __always_inline bool is_pid(struct task_struct *task, u32 pid)
 	return pid && found == pid;
 }
 
+/* Its own place, where it has one, else a free one; WAITERS: there is none. */
+static __always_inline u32 place_of(struct cpu_state *st, u64 task)
+{
+	u32 slot, found = WAITERS;
+
+#pragma unroll
+	for (slot = WAITERS - 1; slot > KSOFTIRQD; slot--) {
+		if (!st->waiters[slot].since_ns)
+			found = slot;
+	}
+#pragma unroll
+	for (slot = 0; slot < WAITERS; slot++) {
+		if (st->waiters[slot].task == task)
+			found = slot;
+	}
+	return found;
+}
+
 static __always_inline void wait_begins(struct cpu_state *st, u64 task, u32 pid, u64 now)
 {
+	u32 slot = place_of(st, task);
 	struct waiter *waiter;
-	u32 slot = KSOFTIRQD;
 
-	if (task != st->waiters[KSOFTIRQD].task) {
-#pragma unroll
-		for (slot = 1; slot < WAITERS; slot++) {
-			waiter = &st->waiters[slot];
-			if (!waiter->since_ns || waiter->task == task)
-				break;
-		}
-		if (slot == WAITERS) {
-			st->unwatched++;
-			return;
-		}
-	}
-	waiter = &st->waiters[slot & (WAITERS - 1)];
-	if (waiter->since_ns)
+	if (slot >= WAITERS) {
+		st->unwatched++;
 		return;
+	}
+	slot &= WAITERS - 1;
+	waiter = &st->waiters[slot];
 	if (!st->waiting && !st->active)
 		st->switches = 0;
 	waiter->task = task;
 	waiter->pid = pid;
+	/* It did not wait before, else it could not be woken: what stood here was stale. */
 	waiter->since_ns = now;
-	st->waiting |= 1 << (slot & (WAITERS - 1));
+	st->waiting |= 1 << slot;
 }
 
 int handle_sched_wakeup(struct bpf_raw_tracepoint_args *ctx)
@@ -50,7 +60,7 @@ int handle_sched_wakeup(struct bpf_raw_tracepoint_args *ctx)
 	u32 hash = task * HASH_FACTOR >> (64 - WATCHED_BITS);
 	struct watched_bucket *bucket = watched.lookup(&hash);
 	struct cpu_state *st;
-	u32 place, pid, cpu;
+	u32 place, pid, cpu, on_cpu = 0;
 
 	if (!bucket)
 		return 0;
@@ -71,20 +81,28 @@ int handle_sched_wakeup(struct bpf_raw_tracepoint_args *ctx)
 			st->stale++;
 		return 0;
 	}
-	if (bpf_get_current_task() == task)
-		return 0;
 	cpu = bucket->cpu[place];
 	if (cpu == CPU_ANY)
 		bpf_probe_read_kernel(&cpu, sizeof(cpu), &((struct task_struct *)task)->wake_cpu);
 	st = cpus.lookup(&cpu);
-	/* Woken while it runs, on its way to sleep: it has the CPU, be it another one. */
-	if (st && st->running != task)
+	if (!st)
+		return 0;
+	bpf_probe_read_kernel(&on_cpu, sizeof(on_cpu), &((struct task_struct *)task)->on_cpu);
+	if (on_cpu) {
+		/* Woken while it runs, on its way to sleep: it stays. */
+		st->running = task;
+		st->running_pid = pid;
+	} else {
 		wait_begins(st, task, pid, bpf_ktime_get_ns());
+	}
 	return 0;
 }
 
 static __always_inline bool still_runnable(struct bpf_raw_tracepoint_args *ctx)
 {
+	/* Preempted, perhaps on its way to sleep: it stays runnable whatever its state. */
+	if (ctx->args[0] & 1)
+		return true;
 #ifdef SCHED_SWITCH_HAS_PREV_STATE
 	return (u32)ctx->args[3] == 0;
 #else
@@ -153,6 +171,8 @@ int handle_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 	opaque(next);
 	if (!(st->waiting | st->active))
 		return 0;
+	now = bpf_ktime_get_ns();
+	st->switched_ns = now;
 	if (st->waiters[KSOFTIRQD].since_ns)
 		note_deferral(st);
 	slot = waiter_of(st, next);
@@ -166,7 +186,6 @@ int handle_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 	}
 
 	waiter = &st->waiters[slot & (WAITERS - 1)];
-	now = bpf_ktime_get_ns();
 	since = waiter->since_ns;
 	waiter->since_ns = 0;
 	st->waiting &= ~(1 << (slot & (WAITERS - 1)));

@@ -44,7 +44,7 @@ int handle_softirq_entry(struct bpf_raw_tracepoint_args *ctx)
 	st->serving_since = now;
 	st->serving = vec + 1;
 	ksoftirqd = &st->waiters[KSOFTIRQD];
-	if (!ksoftirqd->task && ksoftirqd->pid == (u32)bpf_get_current_pid_tgid())
+	if (!ksoftirqd->task && ksoftirqd->pid && ksoftirqd->pid == (u32)bpf_get_current_pid_tgid())
 		/* No task iterator told: it shows itself when it works. */
 		ksoftirqd->task = bpf_get_current_task();
 	if (ksoftirqd->since_ns && !(VEC_NOW_MASK & (1U << vec)) && !st->raised[VEC_HI] &&

@@ -15,7 +15,8 @@ BPF_F_TABLE("array", u32, struct cpu_state, cpus, NR_CPUS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct watch_config, config, 1, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct watched_bucket, watched, 1 << WATCHED_BITS, BPF_F_MMAPABLE);
 /* Not one ring or table an element: bcc spends time on every member of those. */
-BPF_F_TABLE("array", u32, struct tick_sample, rings, NR_CPUS *LOOKBACK_SAMPLES, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, struct tick_sample, rings, NR_CPUS * LOOKBACK_RINGS * LOOKBACK_SAMPLES,
+	    BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct napi_slot, napis, NR_CPUS *NAPI_SLOTS, BPF_F_MMAPABLE);
 /* One slot per source: a tick may interrupt softirq_entry's record. */
 BPF_PERCPU_ARRAY(scratch, struct stall_record, SOURCE_COUNT);
@@ -131,6 +132,7 @@ static __always_inline void begin(struct cpu_state *st, struct watch_config *cfg
 	st->served_ns = 0;
 	st->late_ns = 0;
 	st->napi_budget = 0;
+	st->napi_wanted = 0;
 	st->started_ns = since;
 	st->sample_nr = 0;
 	st->next_sample_ns = 0;
@@ -143,6 +145,7 @@ static __always_inline void begin(struct cpu_state *st, struct watch_config *cfg
 	}
 	st->muted = cfg->max_stalls && st->window_stalls >= cfg->max_stalls;
 	st->window_stalls++;
+	st->ring ^= 1;
 	st->seq++;
 	st->active = 1;
 }

@@ -22,9 +22,9 @@ from stalld.records import (
 
 # struct stall_record up to its kernel stack, which is sent only as far as filled.
 HEAD = struct.Struct(
-    f"=4I7Q{len(VECTORS)}Q{WAITERS}Q{WAITERS}I16I{COMM_LEN}s2I{COMM_LEN}s{USER_STACK_DEPTH}Q"
+    f"=4I8Q{len(VECTORS)}Q{WAITERS}Q{WAITERS}I16I{COMM_LEN}s2I{COMM_LEN}s{USER_STACK_DEPTH}Q"
 )
-_WAIT_NS = 11
+_WAIT_NS = 12
 _WAITER_NS = _WAIT_NS + len(VECTORS)
 _WAITER_PID = _WAITER_NS + WAITERS
 _AFTER_WAITERS = _WAITER_PID + WAITERS

@@ -23,7 +23,7 @@ Event = dict[str, Any]
 # include/uapi/linux/sched.h
 _POLICIES = {0: "other", 1: "fifo", 2: "rr", 3: "batch", 5: "idle", 6: "deadline", 7: "ext"}
 
-LOOKBACK_FRAMES = 12
+LOOKBACK_FRAMES = 10
 """Innermost frames of a look-back stack: journald cuts lines at 48 KiB."""
 
 
@@ -160,7 +160,7 @@ def _net(net: Net) -> Event:
         "net_rx_ms": milliseconds(net.service_ns),
         "packets": net.packets,
         "time_squeeze": net.squeezed,
-        "napi": napi(net.napi),
+        "napi": None if net.napi is None else napi(net.napi),
     }
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from stalld.enrich.stack import Trimmed
 from stalld.enrich.symbols import SymbolTable
 from stalld.records import TickSample
-from stalld.rings import Rings
+from stalld.rings import Napi, Rings
 from stalld.state import Maps
-from stalld.track.model import History, Tick
+from stalld.track.model import Tick
 
 
 class LocalHost:
@@ -26,9 +27,13 @@ class LocalHost:
         self._symbols = symbols
         self._virtual = virtual
 
-    def history(self, cpu: int) -> History:
-        """What ran on ``cpu`` until now."""
-        return History(self._rings.ticks(cpu), self._rings.napi(cpu))
+    def ticks(self, cpu: int) -> Sequence[TickSample]:
+        """What ran on ``cpu`` at its last ticks, oldest first."""
+        return self._rings.ticks(cpu)
+
+    def polled(self, cpu: int, seq: int) -> Napi | None:
+        """What ``cpu`` polled in its stall ``seq``; None: not known any more."""
+        return self._rings.polled(cpu, seq)
 
     def explain(self, sample: TickSample) -> Tick:
         """Name the stack of a tick."""

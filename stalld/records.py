@@ -29,8 +29,9 @@ VEC_NONE = 0xFFFFFFFF
 COMM_LEN = 16
 KERNEL_STACK_DEPTH = 127
 USER_STACK_DEPTH = 27
-LOOKBACK_DEPTH = 48
+LOOKBACK_DEPTH = 32
 LOOKBACK_SAMPLES = 64
+LOOKBACK_RINGS = 2
 WAITERS = 8
 KSOFTIRQD = 0
 """Which of the waiters is ksoftirqd."""
@@ -69,7 +70,8 @@ class StallRecord(NamedTuple):
     first. ``late_ns``: the longest that a tick of this stall came too late.
     ``served_ns``: the longest run of one handler, of vector ``served_vec``.
     ``steal_ns``, ``net_rx_ns``, ``net_rx_runs``, ``processed`` and ``squeezed``
-    are counters of the CPU that only grow.
+    are counters of the CPU that only grow. ``switched_ns``: since when the
+    task has had the CPU, if it got it while something waited.
     """
 
     type: RecordType
@@ -82,6 +84,7 @@ class StallRecord(NamedTuple):
     served_ns: int
     steal_ns: int
     net_rx_ns: int
+    switched_ns: int
     cgroup_id: int
     wait_ns: tuple[int, ...]
     waiter_ns: tuple[int, ...]

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, overload
 
 from stalld.decode import TICK, decode_tick
-from stalld.records import COMM_LEN, LOOKBACK_SAMPLES, NAPI_SLOTS, TickSample
+from stalld.records import COMM_LEN, LOOKBACK_RINGS, LOOKBACK_SAMPLES, NAPI_SLOTS, TickSample
 from stalld.state import Maps, map_array, map_memory
 
 # tick_sample.time_ns
 _TIME = struct.Struct("=Q")
-_RING_BYTES = LOOKBACK_SAMPLES * TICK.size
+_RINGS_BYTES = LOOKBACK_RINGS * LOOKBACK_SAMPLES * TICK.size
 
 
 class NapiSlot(ctypes.Structure):
@@ -30,6 +30,10 @@ class NapiSlot(ctypes.Structure):
         ("exhausted", ctypes.c_uint64),
         ("checked", ctypes.c_uint64),
         ("ifindex", ctypes.c_uint32),
+        ("seq", ctypes.c_uint32),
+        ("stall_polls", ctypes.c_uint32),
+        ("stall_packets", ctypes.c_uint32),
+        ("stall_exhausted", ctypes.c_uint32),
         ("reserved", ctypes.c_uint32),
         ("name", ctypes.c_char * COMM_LEN),
     )
@@ -51,21 +55,13 @@ _NONE = Polled(0, 0, 0)
 
 
 class Ticks(Sequence[TickSample]):
-    """A copy of one ring, oldest first; each sample is decoded when it is asked for.
+    """A copy of a CPU's rings, oldest first; each sample is decoded when it is asked for."""
 
-    Args:
-        ring: its 64 places.
-        written: samples ever; the next goes to ``written % 64``.
-    """
-
-    def __init__(self, ring: bytes, written: int) -> None:
-        self._ring = ring
-        places = (
-            number % LOOKBACK_SAMPLES * TICK.size
-            for number in range(max(0, written - LOOKBACK_SAMPLES), written)
-        )
-        # A sample's time is 0 while it is written.
-        self._places = [at for at in places if _TIME.unpack_from(ring, at)[0]]
+    def __init__(self, rings: bytes) -> None:
+        self._rings = rings
+        times = ((*_TIME.unpack_from(rings, at), at) for at in range(0, len(rings), TICK.size))
+        # A sample's time is 0 while it is written, and where there never was one.
+        self._places = [at for time_ns, at in sorted(times) if time_ns]
 
     def __len__(self) -> int:
         return len(self._places)
@@ -80,14 +76,14 @@ class Ticks(Sequence[TickSample]):
         return self._decode(self._places[index])
 
     def _decode(self, at: int) -> TickSample:
-        return decode_tick(self._ring[at : at + TICK.size])
+        return decode_tick(self._rings[at : at + TICK.size])
 
 
 class Rings:
     """The ``rings`` and ``napis`` maps of all CPUs.
 
     Args:
-        rings_fd: array of ``tick_sample``, 64 for each possible CPU.
+        rings_fd: array of ``tick_sample``, two rings of 64 for each possible CPU.
         napis_fd: array of ``napi_slot``, 16 for each possible CPU.
         maps: whose CPUs count what is in them.
     """
@@ -95,37 +91,59 @@ class Rings:
     def __init__(self, rings_fd: int, napis_fd: int, maps: Maps) -> None:
         cpus = len(maps.cpus)
         self._cpus = maps.cpus
-        self._samples = map_memory(rings_fd, cpus * _RING_BYTES)
+        self._samples = map_memory(rings_fd, cpus * _RINGS_BYTES)
         self._slots = map_array(NapiSlot, napis_fd, cpus * NAPI_SLOTS)
 
     def ticks(self, cpu: int) -> Ticks:
-        """The last ticks of ``cpu``, oldest first; at most 64.
+        """The last ticks of ``cpu``, oldest first; those before its newest stall are kept longest.
 
         An idle CPU stops its tick, so the oldest may be from long ago.
         """
-        ring = cpu * _RING_BYTES
+        first = cpu * _RINGS_BYTES
         while True:
-            written = self._cpus[cpu].ticks
-            copy = self._samples[ring : ring + _RING_BYTES]
+            following = self._following(cpu)
+            copy = self._samples[first : first + _RINGS_BYTES]
             # The kernel writes over the oldest: if it began to meanwhile, once more.
-            oldest = written % LOOKBACK_SAMPLES * TICK.size
-            now = self._samples[ring + oldest : ring + oldest + _TIME.size]
-            if now == copy[oldest : oldest + _TIME.size] and written == self._cpus[cpu].ticks:
-                return Ticks(copy, written)
+            at = following[1]
+            now = self._samples[first + at : first + at + _TIME.size]
+            if now == copy[at : at + _TIME.size] and following == self._following(cpu):
+                return Ticks(copy)
+
+    def _following(self, cpu: int) -> tuple[int, int]:
+        """Number of the newest stall of ``cpu``, and where in its rings the next sample will be.
+
+        The place alone is the same again when two more stalls have begun.
+        """
+        state = self._cpus[cpu]
+        ring = state.ring & 1
+        place = ring * LOOKBACK_SAMPLES + state.ticks[ring] % LOOKBACK_SAMPLES
+        return state.seq, place * TICK.size
+
+    def polled(self, cpu: int, seq: int) -> Napi | None:
+        """What ``cpu`` polled in its stall ``seq``; None: it had another one since."""
+        if self._cpus[cpu].seq != seq:
+            return None
+        found: dict[tuple[int, bytes], Polled] = {}
+        for slot in self._slots_of(cpu):
+            if slot.napi and slot.seq == seq:
+                polled = Polled(slot.stall_polls, slot.stall_packets, slot.stall_exhausted)
+                found[_key(slot)] = _sum(found.get(_key(slot)), polled)
+        return found if self._cpus[cpu].seq == seq else None
 
     def napi(self, cpu: int) -> Napi:
         """What ``cpu`` polled since the start."""
         found: dict[tuple[int, bytes], Polled] = {}
-        for slot in self._slots[cpu * NAPI_SLOTS : (cpu + 1) * NAPI_SLOTS]:
+        for slot in self._slots_of(cpu):
             if slot.napi:
-                # The queue of packets that other CPUs, or loopback, left has no device.
-                key = (slot.ifindex, bytes(slot.name) if slot.ifindex else BACKLOG)
                 polled = Polled(slot.polls, slot.packets, slot.exhausted)
-                found[key] = _sum(found.get(key), polled)
+                found[_key(slot)] = _sum(found.get(_key(slot)), polled)
         state = self._cpus[cpu]
         if state.napi_polls:
             found[0, b""] = Polled(state.napi_polls, state.napi_packets, 0)
         return found
+
+    def _slots_of(self, cpu: int) -> list[NapiSlot]:
+        return list(self._slots[cpu * NAPI_SLOTS : (cpu + 1) * NAPI_SLOTS])
 
     def napi_totals(self) -> Napi:
         """What all CPUs polled since the start."""
@@ -136,24 +154,9 @@ class Rings:
         return found
 
 
-def polled_since(before: Napi, now: Napi) -> Napi:
-    """What was polled between two looks at one CPU."""
-    found: dict[tuple[int, bytes], Polled] = {}
-    moved = _NONE
-    for key, old in before.items():
-        if now.get(key, _NONE).polls < old.polls:
-            # Its slot was given away, and what that had counted is among the rest now.
-            moved = _sum(moved, old)
-    for key, polled in now.items():
-        old = before.get(key, _NONE)
-        if polled.polls < old.polls:
-            old = _NONE
-        elif key == _UNTRACKED:
-            old = _sum(old, moved)
-        new = Polled(*(max(0, n - o) for n, o in zip(polled, old, strict=True)))
-        if new.polls:
-            found[key] = new
-    return found
+def _key(slot: NapiSlot) -> tuple[int, bytes]:
+    # The queue of packets that other CPUs, or loopback, left has no device.
+    return slot.ifindex, bytes(slot.name) if slot.ifindex else BACKLOG
 
 
 def _sum(one: Polled | None, other: Polled) -> Polled:

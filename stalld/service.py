@@ -203,14 +203,15 @@ class Service:
 
     async def _follow_hotplug(self) -> None:
         """CPUs go down or come up: read those that are there as soon as they are."""
-        suspects: set[int] = set()
-        for pause in HOTPLUG_LOOKS_S:
-            suspects |= self._hotplugged
-            self._hotplugged.clear()
-            await asyncio.sleep(pause)
-            self._look_at_cpus(suspects)
-            with self._reader.lock:
-                self._detector.learn()
+        while self._hotplugged:
+            suspects: set[int] = set()
+            for pause in HOTPLUG_LOOKS_S:
+                suspects |= self._hotplugged
+                self._hotplugged.clear()
+                await asyncio.sleep(pause)
+                self._look_at_cpus(suspects)
+                with self._reader.lock:
+                    self._detector.learn()
 
     def _look_at_cpus(self, suspects: Collection[int]) -> None:
         changed = self._reading.refresh(suspects)
@@ -219,11 +220,15 @@ class Service:
         self._log.info(
             "online CPUs changed", gained=sorted(changed.gained), lost=sorted(changed.lost)
         )
-        with self._reader.lock:
-            if self._feed is not None:
-                self._feed.refresh(self._reader.cpus, suspects)
-        if self._sampler is not None:
-            self._sampler.refresh(self._reader.cpus, suspects)
+        cpus = self._reader.cpus
+        try:
+            with self._reader.lock:
+                if self._feed is not None:
+                    self._feed.refresh(cpus, suspects)
+            if self._sampler is not None:
+                self._sampler.refresh(cpus, suspects)
+        except (KsymbolError, SamplerError) as error:
+            self._log.warning("not everything follows these CPUs", reason=str(error))
 
     def _open_feed(self) -> KsymbolFeed | None:
         try:

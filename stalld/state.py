@@ -11,7 +11,7 @@ import ctypes
 import mmap
 from typing import NamedTuple, TypeVar
 
-from stalld.records import COMM_LEN, VECTORS, WAITERS
+from stalld.records import COMM_LEN, LOOKBACK_RINGS, VECTORS, WAITERS
 
 TIMED_ALWAYS = sum(1 << VECTORS.index(name) for name in ("HI", "TASKLET"))
 
@@ -55,6 +55,7 @@ class CpuState(ctypes.Structure):
         ("next_sample_ns", ctypes.c_uint64),
         ("spacing_ns", ctypes.c_uint64),
         ("ended_ns", ctypes.c_uint64),
+        ("switched_ns", ctypes.c_uint64),
         ("waited_ns", ctypes.c_uint64 * len(VECTORS)),
         ("served_ns", ctypes.c_uint64),
         ("late_ns", ctypes.c_uint64),
@@ -62,7 +63,7 @@ class CpuState(ctypes.Structure):
         ("suppressed_ns", ctypes.c_uint64),
         ("last_tick_ns", ctypes.c_uint64),
         ("last_lookback_ns", ctypes.c_uint64),
-        ("ticks", ctypes.c_uint64),
+        ("ticks", ctypes.c_uint64 * LOOKBACK_RINGS),
         ("tick_timer", ctypes.c_uint64),
         ("seq", ctypes.c_uint32),
         ("sample_nr", ctypes.c_uint32),
@@ -81,13 +82,13 @@ class CpuState(ctypes.Structure):
         ("steal_version", ctypes.c_uint32),
         ("hotplug", ctypes.c_uint32),
         ("source", ctypes.c_uint32),
-        ("reserved0", ctypes.c_uint32),
+        ("ring", ctypes.c_uint32),
         ("napi_wanted", ctypes.c_uint32),
         ("napi_ifindex", ctypes.c_uint32),
         ("napi_work", ctypes.c_uint32),
         ("napi_budget", ctypes.c_uint32),
         ("napi_name", ctypes.c_char * COMM_LEN),
-        ("reserved", ctypes.c_uint64 * 7),
+        ("reserved", ctypes.c_uint64 * 5),
     )
 
 
@@ -140,10 +141,11 @@ class Maps:
             settings: further fields of ``struct watch_config``.
         """
         for name, value in settings.items():
+            known = getattr(self.config, name)  # ctypes would take any name.
             if isinstance(value, int):
                 setattr(self.config, name, value)
             else:
-                getattr(self.config, name)[:] = value
+                known[:] = value
         for state in self.cpus:
             state.vec_mask = self.config.vec_mask
             # Those served at once by any kernel tell how it serves the others.

@@ -19,14 +19,16 @@ def check() -> Report:
 
     Loads one CPU for at most 0.3 s (see :mod:`stalld.check.stimulus`).
     """
-    symbols, defers = kernel.symbols()
+    symbols = kernel.symbols()
     items = [
         host.kernel(),
         host.granted(capabilities.effective()),
         host.libbpf(),
         host.bcc(),
         *host.types(),
+        symbols.item,
+        *kernel.tick(tick_ns()),
+        kernel.preemption(),
     ]
-    trial = try_probes(tick_ns(), defers)
-    items += [*trial.items, symbols, kernel.pmu(), *kernel.tick(tick_ns()), kernel.preemption()]
-    return Report(__version__, os.uname().release, tuple(items), trial.serves_inline)
+    trial = try_probes(tick_ns(), symbols)
+    return Report(__version__, os.uname().release, (*items, *trial.items), trial.serves_inline)

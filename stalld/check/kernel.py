@@ -1,40 +1,41 @@
-"""What shapes detection on this kernel: symbols, PMU, tick, preemption."""
+"""What shapes detection on this kernel: symbols, tick, preemption."""
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import gzip
 import os
 import platform
 import re
-import struct
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from stalld.check.report import Item, State
-
-_SYSCALL_NR = {"x86_64": 298, "aarch64": 241, "riscv64": 241, "ppc64le": 319, "s390x": 331}
-# struct perf_event_attr: type, size, config, period, two formats, flags, the rest zero.
-_ATTR = struct.Struct("=IIQQQQQ24x")
-_PERF_TYPE_HARDWARE = 0
-_PERF_COUNT_HW_CPU_CYCLES = 0
-_ATTR_DISABLED = 1
-_PERF_FLAG_FD_CLOEXEC = 8
+from stalld.detector import TICK_FUNCTIONS
 
 PREEMPT_DEBUG = "/sys/kernel/debug/sched/preempt"
 _MODELS = {"NONE": "none", "VOLUNTARY": "voluntary", "LAZY": "lazy", "RT": "rt"}
 
 
-def symbols(path: str = "/proc/kallsyms") -> tuple[Item, bool]:
-    """Are the addresses of kernel symbols visible?
+class Symbols(NamedTuple):
+    """What kallsyms tells.
 
-    Returns:
-        The item, and whether the kernel has a function ksoftirqd_running.
+    Attributes:
+        defers: the kernel has a function ksoftirqd_running.
+        tick_functions: addresses of TICK_FUNCTIONS; 0 where it is hidden or there is none.
     """
+
+    item: Item
+    defers: bool
+    tick_functions: list[int]
+
+
+def symbols(path: str = "/proc/kallsyms") -> Symbols:
+    """Are the addresses of kernel symbols visible, and which of those we look for are there?"""
     visible = defers = False
     count = 0
     reason = "the kernel shows every address as zero"
+    ticks = dict.fromkeys(TICK_FUNCTIONS, 0)
     try:
         with open(path, "rb") as lines:
             for line in lines:
@@ -44,10 +45,13 @@ def symbols(path: str = "/proc/kallsyms") -> tuple[Item, bool]:
                 # Compilers append .isra.0 and the like.
                 name = rest[2:].split(maxsplit=1)[0] if rest[2:].strip() else b""
                 defers = defers or name.partition(b".")[0] == b"ksoftirqd_running"
+                if name in ticks:
+                    ticks[name] = ticks[name] or int(address, 16)
     except OSError as error:
         reason = str(error)
     if visible:
-        return Item("kernel symbols", State.OK, f"visible, {count} of them"), defers
+        item = Item("kernel symbols", State.OK, f"visible, {count} of them")
+        return Symbols(item, defers, list(ticks.values()))
     restrict = _read("/proc/sys/kernel/kptr_restrict").strip() or "unknown"
     item = Item(
         "kernel symbols",
@@ -58,41 +62,7 @@ def symbols(path: str = "/proc/kallsyms") -> tuple[Item, bool]:
         if restrict == "2"
         else "grant CAP_SYSLOG",
     )
-    return item, defers
-
-
-def pmu() -> Item:
-    """Can hardware cycles be counted, and so NMIs be had?"""
-    number = _SYSCALL_NR.get(platform.machine())
-    remedy = "none on a virtual machine without a virtual PMU; let the hypervisor provide one"
-    reason = f"perf_event_open on {platform.machine()} is not known"
-    if number is not None:
-        flags = _ATTR_DISABLED
-        attr = _ATTR.pack(
-            _PERF_TYPE_HARDWARE, _ATTR.size, _PERF_COUNT_HW_CPU_CYCLES, 0, 0, 0, flags
-        )
-        libc = ctypes.CDLL(None, use_errno=True)
-        fd: int = libc.syscall(
-            ctypes.c_long(number),
-            ctypes.c_char_p(attr),
-            ctypes.c_int(-1),
-            ctypes.c_int(min(os.sched_getaffinity(0))),
-            ctypes.c_int(-1),
-            ctypes.c_ulong(_PERF_FLAG_FD_CLOEXEC),
-        )
-        if fd >= 0:
-            os.close(fd)
-            return Item("PMU", State.OK, "hardware cycles can be counted")
-        reason = f"no hardware cycles: {os.strerror(ctypes.get_errno())}"
-        if ctypes.get_errno() in (errno.EPERM, errno.EACCES):
-            remedy = "grant CAP_PERFMON"
-    return Item(
-        "PMU",
-        State.MISSING,
-        reason,
-        "a stall with interrupts off is seen only when it ends, with the stack of that moment",
-        remedy,
-    )
+    return Symbols(item, defers, list(ticks.values()))
 
 
 def tick(tick_ns: int) -> list[Item]:

@@ -186,6 +186,13 @@ def is_entry(name: str) -> bool:
     return bool(_IRQ_ENTRY.fullmatch(bare) or _EXCEPTION_ENTRY.fullmatch(bare))
 
 
+def reaches_base(names: Sequence[str]) -> bool:
+    """Whether a stack goes down to where a task begins or enters the kernel, or is user code."""
+    return not names or any(
+        _TASK_BASE.fullmatch(bare) or is_entry(bare) for bare in map(_bare, names[-6:])
+    )
+
+
 def leaves_interrupt(name: str) -> bool:
     """Whether `name` is on the way out of an interrupt, back to what that came over."""
     return bool(_EXIT_WORK.fullmatch(_bare(name)))

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from stalld.enrich.stack import leaves_interrupt
-from stalld.records import KSOFTIRQD, VEC_NONE, VECTORS, Source, TickSample
-from stalld.rings import BACKLOG, polled_since
+from stalld.enrich.stack import leaves_interrupt, reaches_base
+from stalld.records import KSOFTIRQD, LOOKBACK_SAMPLES, VEC_NONE, VECTORS, Source, TickSample
+from stalld.rings import BACKLOG
 from stalld.track.gather import Stall
 from stalld.track.model import Blocker, Handler, Net, Observation, Tick
 from stalld.track.verdict import Evidence, Verdict
@@ -84,8 +84,8 @@ def enabled_interrupts(observation: Observation) -> bool:
 def longest_in_kernel_ns(during: list[Observation], closing: Observation | None) -> int:
     """How long one task stayed in the kernel, for all that the samples show.
 
-    Two samples of one task with no context switch between them show that it had
-    the CPU all the time; before the first switch it had it since the stall began.
+    A task has had the CPU since the last context switch, or since the stall began; two
+    samples of it with no switch between them show that it had it all the time.
     """
     longest = 0
     since = 0
@@ -99,7 +99,7 @@ def longest_in_kernel_ns(during: list[Observation], closing: Observation | None)
             before = None
             continue
         if not same:
-            since = record.time_ns if record.switches else record.started_ns
+            since = max(record.started_ns, record.switched_ns)
         longest = max(longest, record.time_ns - since)
         before = now
     if before and closing and closing.record.switches == before.record.switches:
@@ -145,7 +145,9 @@ def _most_seen(observations: list[Observation]) -> Observation | None:
         tasks[record.tid] += spent_ns
         paths[record.tid, path(observation.frames)] += spent_ns
     tid = tasks.most_common(1)[0][0]
-    longest = max((key for key in paths if key[0] == tid), key=paths.__getitem__)
+    whole = {key: reaches_base(key[1]) for key in paths}
+    # A walk that ended early says little, however long that sample stands for.
+    longest = max((k for k in paths if k[0] == tid), key=lambda k: (whole[k], paths[k]))
     return next(o for o in observations if (o.record.tid, path(o.frames)) == longest)
 
 
@@ -165,11 +167,8 @@ def main_consumer(stall: Stall) -> TickSample | None:
 
     The samples thin out as a stall goes on, the ring has every tick.
     """
-    oldest = next(iter(stall.meanwhile.ticks), None)
-    if oldest is None or oldest.time_ns > stall.started_ns:
-        return None
     inside = stall.ticks_inside()
-    if not inside:
+    if not 0 < len(inside) < LOOKBACK_SAMPLES:
         return None
     tid = Counter(tick.tid for tick in inside).most_common(1)[0][0]
     return next(tick for tick in inside if tick.tid == tid)
@@ -244,9 +243,8 @@ def net_of(stall: Stall) -> Net:
     base = stall.last_tick_before() or (
         stall.observations[0].record if stall.observations else last
     )
-    napi = polled_since(stall.before.napi, stall.meanwhile.napi)
     if last is None or base is None:
-        return Net(0, 0, None, None, napi)
+        return Net(0, 0, None, None, stall.polled)
 
     # 0: the kernel's counters cannot be read, or there was never a packet.
     known = last.processed > 0
@@ -255,7 +253,7 @@ def net_of(stall: Stall) -> Net:
         max(0, last.net_rx_ns - base.net_rx_ns),
         (last.processed - base.processed) & _U32 if known else None,
         (last.squeezed - base.squeezed) & _U32 if known else None,
-        napi,
+        stall.polled,
     )
 
 
@@ -265,9 +263,7 @@ def lookback(
     """What ran in the ``reach_ns`` before the stall, oldest first."""
     oldest_ns = stall.started_ns - reach_ns
     return tuple(
-        explain(tick)
-        for tick in stall.before.ticks
-        if oldest_ns <= tick.time_ns <= stall.started_ns
+        explain(tick) for tick in stall.before if oldest_ns <= tick.time_ns <= stall.started_ns
     )
 
 

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from stalld.records import KSOFTIRQD, VECTORS, WAITERS, RecordType, Source, StallRecord, TickSample
+from stalld.rings import Napi
 from stalld.state import StallState
-from stalld.track.model import History, Observation
+from stalld.track.model import Observation
 
 
 @dataclass
 class Stall:
     """One stall of one CPU; :meth:`take` adds a record to it.
 
-    ``before`` is the CPU's history as of the first record, ``meanwhile`` as
-    of the last look.
+    ``before`` are the CPU's last ticks as of the first record, ``meanwhile`` as
+    of the last look, and ``polled`` is what it polled until then.
     """
 
     cpu: int
     seq: int
     started_ns: int
-    before: History
+    before: Sequence[TickSample]
     last_ns: int = 0
     observations: list[Observation] = field(default_factory=list)
     closing: Observation | None = None
-    meanwhile: History = field(default_factory=History)
+    meanwhile: Sequence[TickSample] = ()
+    polled: Napi | None = None
     wait_ns: list[int] = field(default_factory=lambda: [0] * len(VECTORS))
     waiting: dict[int, int] = field(default_factory=dict)
     ksoftirqd_pid: int = 0
@@ -86,11 +89,11 @@ class Stall:
 
     def ticks_inside(self) -> list[TickSample]:
         """The ticks of the stall that the ring still held at the last look."""
-        return [t for t in self.meanwhile.ticks if self.started_ns < t.time_ns <= self.last_ns]
+        return [t for t in self.meanwhile if self.started_ns < t.time_ns <= self.last_ns]
 
     def last_tick_before(self) -> TickSample | None:
         """The newest tick that came before the stall, if the ring still has it."""
-        for tick in reversed(self.before.ticks):
+        for tick in reversed(self.before):
             if tick.time_ns <= self.started_ns:
                 return tick
         return None
@@ -106,7 +109,7 @@ class Stall:
             return None
         base: TickSample | None = None
         first: TickSample | StallRecord = last
-        for tick in reversed(self.before.ticks):
+        for tick in reversed(self.before):
             if tick.time_ns > last.time_ns:
                 continue
             base = tick

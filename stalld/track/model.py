@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from stalld.records import StallRecord, TickSample
@@ -45,21 +44,14 @@ class Tick(NamedTuple):
     frames: tuple[str, ...]
 
 
-class History(NamedTuple):
-    """What the kernel kept about one CPU when it was asked.
-
-    ``ticks``: the last ones, oldest first. ``napi``: what was polled, ever.
-    """
-
-    ticks: Sequence[TickSample] = ()
-    napi: Napi = MappingProxyType({})
-
-
 class Host(Protocol):
     """What the tracker asks about the machine."""
 
-    def history(self, cpu: int) -> History:
-        """What ran on ``cpu`` until now."""
+    def ticks(self, cpu: int) -> Sequence[TickSample]:
+        """What ran on ``cpu`` at its last ticks, oldest first."""
+
+    def polled(self, cpu: int, seq: int) -> Napi | None:
+        """What ``cpu`` polled in its stall ``seq``; None: not known any more."""
 
     def explain(self, sample: TickSample) -> Tick:
         """Name the stack of a tick."""
@@ -122,14 +114,15 @@ class Net(NamedTuple):
     """What the CPU did for the network meanwhile.
 
     ``packets`` and ``squeezed`` are softnet_data's counters, None where they
-    cannot be read. ``napi`` counts from when the stall was detected.
+    cannot be read. ``napi`` counts from when the stall was detected; None: the
+    CPU had another stall before we looked.
     """
 
     runs: int
     service_ns: int
     packets: int | None
     squeezed: int | None
-    napi: Napi
+    napi: Napi | None
 
 
 class Update(NamedTuple):

@@ -58,7 +58,7 @@ class Tracker:
         if stall is None:
             if not self._is_new(record.cpu, record.seq):
                 return updates
-            before = self._host.history(record.cpu)
+            before = self._host.ticks(record.cpu)
             stall = Stall(record.cpu, record.seq, record.started_ns, before)
             self._open[record.cpu] = stall
         stall.take(observation)
@@ -135,7 +135,8 @@ class Tracker:
         host = self._host
         first = phase is Phase.ONGOING and stall.ongoing == 1
         if not first:
-            stall.meanwhile = host.history(stall.cpu)
+            stall.meanwhile = host.ticks(stall.cpu)
+        stall.polled = host.polled(stall.cpu, stall.seq)
         serves_inline = host.serves_inline()
         verdict = decide(
             evidence.weigh(stall, self.threshold_ns, serves_inline, host.tells_steal(stall.cpu))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from typing import Any
 
 import pytest
 
-from stalld.check import stimulus
+from stalld.check import kernel, price, stimulus
+from stalld.check.probes import try_probes
+from stalld.detector import TICK_FUNCTIONS, tick_ns
+from stalld.enrich.kallsyms import Kallsyms
 from stalld.errors import MissingAbilityError, ProbeError
 from stalld.probe import headers
 from stalld.probe.btf import VMLINUX_BTF, Btf
@@ -84,6 +88,9 @@ def test_can_run(how: list[str]) -> None:
         assert items[f"raw tracepoint {name}"]["state"] == "ok"
     for name in ("capabilities", "libbpf", "bcc", "BPF programs", "perf buffers", "kernel symbols"):
         assert items[name]["state"] == "ok"
+    for name in ("look-back", "softnet counters", "watched threads", "price"):
+        assert items[name]["state"] == "ok"
+    assert {"steal clock", "NMI sampler"} <= items.keys()
     for item in report["items"]:
         assert item["detail"]
         assert item["state"] == "ok" or (item["effect"] and item["remedy"])
@@ -100,6 +107,76 @@ def test_behaviour_is_observed() -> None:
         assert report["serves_inline"] is False
     elif tuple(int(n) for n in os.uname().release.split(".")[:2]) >= (6, 5):
         assert report["serves_inline"] is True
+
+
+def test_prices() -> None:
+    """Root is told what each program and a tick of the look-back cost; those are no fancies."""
+    _, _, items = check()
+    costs = dict(re.findall(r"(\w+) (\d+)[, ]", items["price"]["detail"].partition("(")[0]))
+    assert set(costs) == set(price.HOT_PATH)
+    assert all(int(ns) < 20_000 for ns in costs.values())
+    found = re.search(
+        r"(\d+) ns a (?:tick|sample), ([\d.]+)% of a busy CPU at (\d+)",
+        items["look-back"]["detail"],
+    )
+    assert found
+    assert 100 < int(found[1]) < 200_000
+    assert float(found[2]) == pytest.approx(int(found[1]) * int(found[3]) / 1e7, rel=0.1)
+
+
+def test_no_prices() -> None:
+    """Without CAP_SYS_ADMIN nothing is measured, which is said and is no degradation."""
+    _, _, items = check(nobody("bpf", "perfmon", "syslog"))
+    for name in ("price", "look-back"):
+        assert items[name]["state"] == "ok"
+        assert "not measured: " in items[name]["detail"]
+        assert "CAP_SYS_ADMIN" in items[name]["detail"]
+
+
+def test_statistics_are_the_kernels() -> None:
+    """A meter counts the runs that bpftool shows, of the program behind the link."""
+    probes = ProbeChild(EVERYTHING).result()
+    try:
+        link = probes.fds["link:sched_switch"]
+        about = Path(f"/proc/self/fdinfo/{link}").read_text()
+        number = re.search(r"^prog_id:\s+(\d+)$", about, re.MULTILINE)
+        assert number
+        with price.Meter({"sched_switch": link}) as meter:
+            time.sleep(0.1)
+            told = subprocess.run(
+                ["bpftool", "--json", "prog", "show", "id", number[1]],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+    finally:
+        probes.close()
+    runs = json.loads(told.stdout)["run_cnt"]
+    assert 0 < runs <= meter.costs["sched_switch"].runs < 10 * runs
+    assert meter.costs["sched_switch"].ns > 0
+    assert meter.costs[price.EMPTY].runs > 0
+
+
+def test_tick_functions() -> None:
+    """The check finds the tick's functions where the service does."""
+    kallsyms = Kallsyms.load()
+    wanted = [kallsyms.address(name) for name in TICK_FUNCTIONS]
+    assert kernel.symbols().tick_functions == wanted
+    assert any(wanted)
+
+
+def test_nmi_sampler_is_tried() -> None:
+    """Where the program is loaded the counters are really opened: nothing else decides."""
+    child = ProbeChild(replace(EVERYTHING, nmi="always"))
+    items = {item.name: item for item in try_probes(tick_ns(), kernel.symbols(), child).items}
+    found = items["NMI sampler"]
+    if any(Path("/sys/bus/event_source/devices").glob("cpu*")):
+        assert found.state == "ok"
+    else:
+        assert found.state == "degraded"
+        assert "no performance counters" in found.detail
+        assert "PMU" in found.remedy
+    assert not bpf_descriptors()
 
 
 def test_the_load_is_bounded() -> None:
@@ -178,6 +255,11 @@ def test_without_syslog() -> None:
     if int(Path("/proc/sys/kernel/perf_event_paranoid").read_text()) > 1:
         assert items["kernel symbols"]["state"] == "degraded"
         assert "kernel symbols (degraded)" in report["summary"]
+        for name in ("look-back", "softnet counters"):
+            assert items[name]["state"] == "degraded"
+            assert items[name]["effect"]
+            assert items[name]["remedy"]
+        assert "hides the addresses" in items["look-back"]["detail"]
 
 
 MISSING = [
@@ -283,12 +365,12 @@ def doctored(tmp_path: Path, name: str, old: str, new: str) -> str:
 
 def test_compiler_errors_come_back_whole(tmp_path: Path) -> None:
     """A syntax error comes back with clang's words, the file, the line and the source."""
-    bpf_dir = doctored(tmp_path, "tick.c", "if (!waiting)", "if (!waiting) oops")
+    bpf_dir = doctored(tmp_path, "tick.c", "if (!pending", "oops if (!pending")
     text = refusal(ProbeError, bpf_dir=bpf_dir)
     number = 1 + (Path(bpf_dir) / "tick.c").read_text().split("oops")[0].count("\n")
     assert f"bpf/tick.c:{number}:" in text
     assert "error: " in text
-    assert "if (!waiting) oops" in text
+    assert "oops if (!pending" in text
 
 
 def test_verifier_errors_come_back_whole(tmp_path: Path) -> None:
@@ -296,8 +378,8 @@ def test_verifier_errors_come_back_whole(tmp_path: Path) -> None:
     bpf_dir = doctored(
         tmp_path,
         "tick.c",
-        "	if (!waiting)",
-        "	waiting |= *(volatile u64 *)8;\n	if (!waiting)",
+        "	if (!pending",
+        "	pending |= *(volatile u64 *)8;\n	if (!pending",
     )
     text = refusal(ProbeError, bpf_dir=bpf_dir)
     assert "the kernel refused the program for hrtimer_expire_entry" in text

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from stalld.decode import HEAD, TICK
 from stalld.records import (
     LOOKBACK_DEPTH,
+    LOOKBACK_RINGS,
     LOOKBACK_SAMPLES,
     NAPI_SLOTS,
     USER_STACK_DEPTH,
@@ -23,9 +25,9 @@ from stalld.records import (
     StallRecord,
     TickSample,
 )
-from stalld.rings import NapiSlot, Rings
+from stalld.rings import Napi, NapiSlot, Rings
 from stalld.state import CpuState, Maps, WatchConfig
-from stalld.track.model import History, Observation, Tick
+from stalld.track.model import Observation, Tick
 
 MS = 1_000_000
 T0 = 1_000_000 * MS
@@ -132,31 +134,38 @@ def tick(at_ms: float, **changes: Any) -> TickSample:
 
 
 class MadeHost:
-    """A machine that answers as it is told, and counts how often it was asked for history.
+    """A machine that answers as it is told, and counts how often it was asked for ticks.
 
     Args:
-        before: what the kernel kept when a stall was first heard of.
-        meanwhile: at each look after that.
+        before: the ticks that the kernel kept when a stall was first heard of.
+        meanwhile: those at each look after that.
+        polls: what was polled in any stall.
     """
 
     def __init__(
         self,
-        before: History = History(),  # noqa: B008 - it is frozen
-        meanwhile: History = History(),  # noqa: B008
+        before: Sequence[TickSample] = (),
+        meanwhile: Sequence[TickSample] = (),
         *,
+        polls: Napi | None = MappingProxyType({}),
         inline: bool | None = True,
         tells_steal: bool = True,
     ) -> None:
         self.before = before
         self.meanwhile = meanwhile
+        self.polls = polls
         self.inline = inline
         self.steal_told = tells_steal
         self.looks = 0
 
-    def history(self, cpu: int) -> History:
+    def ticks(self, cpu: int) -> Sequence[TickSample]:
         """``before`` the first time."""
         self.looks += 1
         return self.before if self.looks == 1 else self.meanwhile
+
+    def polled(self, cpu: int, seq: int) -> Napi | None:
+        """As told."""
+        return self.polls
 
     def explain(self, sample: TickSample) -> Tick:
         """Each address has a name; without any the tick came in user mode."""
@@ -222,7 +231,7 @@ def rings(maps: Maps) -> Rings:
     """The rings and NAPI tables of these CPUs, likewise."""
     cpus = len(maps.cpus)
     with (
-        memory(cpus * LOOKBACK_SAMPLES * TICK.size) as rings_fd,
+        memory(cpus * LOOKBACK_RINGS * LOOKBACK_SAMPLES * TICK.size) as rings_fd,
         memory(cpus * NAPI_SLOTS * ctypes.sizeof(NapiSlot)) as napis_fd,
     ):
         return Rings(rings_fd, napis_fd, maps)
@@ -235,10 +244,12 @@ def keep(rings: Rings, cpu: int, given: TickSample) -> None:
     rings._samples[at : at + 8] = bytes(8)
     rings._samples[at + 8 : at + TICK.size] = raw[8:]
     rings._samples[at : at + 8] = raw[:8]
-    rings._cpus[cpu].ticks += 1
+    state = rings._cpus[cpu]
+    state.ticks[state.ring] += 1
 
 
 def place(rings: Rings, cpu: int) -> int:
     """Where the next tick of a CPU goes."""
-    number = int(rings._cpus[cpu].ticks) % LOOKBACK_SAMPLES
-    return (cpu * LOOKBACK_SAMPLES + number) * TICK.size
+    state = rings._cpus[cpu]
+    number = state.ticks[state.ring] % LOOKBACK_SAMPLES
+    return int((cpu * LOOKBACK_RINGS + state.ring) * LOOKBACK_SAMPLES + number) * TICK.size

@@ -2,15 +2,23 @@
 
 import errno
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from stalld.check import host, kernel
-from stalld.check.probes import behaviour_item, described
+from stalld.check import attached, host, kernel
+from stalld.check.attached import described, nmi_sampler
+from stalld.check.probes import behaviour_item, watched_threads
 from stalld.check.report import Item, Report, State, render
+from stalld.check.ticks import Look, look_back, softnet_counters, softnet_stat, steal_clock
+from stalld.perf import SamplerError
 from stalld.probe import capabilities
-from stalld.probe.protocol import Attached, Description, Missing
+from stalld.probe.client import Probes
+from stalld.probe.protocol import NMI_SAMPLER, NO_NMI, Attached, Description, Missing
+from tests.unit import make
 
 BPF, PERFMON, SYSLOG, ADMIN = 1 << 39, 1 << 38, 1 << 34, 1 << 21
 
@@ -204,15 +212,36 @@ def test_symbols(tmp_path: Path, text: str, state: str, defers: bool) -> None:
     """Addresses that are all zero are hidden; ksoftirqd_running is found under any suffix."""
     path = tmp_path / "kallsyms"
     path.write_text(text)
-    found, has = kernel.symbols(str(path))
-    assert (found.state, has) == (state, defers)
+    found = kernel.symbols(str(path))
+    assert (found.item.state, found.defers) == (state, defers)
 
 
 def test_no_symbols(tmp_path: Path) -> None:
     """A kernel without kallsyms degrades and is no traceback."""
-    found, _ = kernel.symbols(str(tmp_path / "none"))
-    assert found.state is State.DEGRADED
-    assert "No such file" in found.detail
+    found = kernel.symbols(str(tmp_path / "none"))
+    assert found.item.state is State.DEGRADED
+    assert "No such file" in found.item.detail
+    assert found.tick_functions == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "addresses"),
+    [
+        ("ffffffff81000010 t tick_nohz_handler\n", [0xFFFFFFFF81000010, 0]),
+        ("ffffffff81000020 T tick_sched_timer\n", [0, 0xFFFFFFFF81000020]),
+        ("ffffffff81000020 t tick_sched_timer_dying\n", [0, 0]),
+        ("0000000000000000 t tick_nohz_handler\n", [0, 0]),
+        (
+            "ffffffff81000010 t tick_nohz_handler\nffffffffc0000000 t tick_nohz_handler\t[x]\n",
+            [0xFFFFFFFF81000010, 0],
+        ),
+    ],
+)
+def test_tick_functions(tmp_path: Path, text: str, addresses: list[int]) -> None:
+    """The functions of the tick are found by their whole names, the kernel's own first."""
+    path = tmp_path / "kallsyms"
+    path.write_text(text)
+    assert kernel.symbols(str(path)).tick_functions == addresses
 
 
 def test_described() -> None:
@@ -232,6 +261,7 @@ def test_described() -> None:
     assert found["task iterator"].state is State.OK
     assert found["raw tracepoint cpuhp_enter"].state is State.DEGRADED
     assert found["raw tracepoint cpuhp_enter"].effect == "the effect"
+    assert found["raw tracepoint cpuhp_enter"].detail == "not attached: gone"
     assert found["net_rx_action"].state is State.DEGRADED
     assert found["net_rx_action"].detail == "kfunc: EPERM; kprobe: none"
 
@@ -254,3 +284,232 @@ def test_behaviour(inline: bool | None, state: str, word: str) -> None:
     assert (found.state, found.detail.partition(":")[0]) == (state, word)
     assert "counts" in found.detail
     assert "has a ksoftirqd_running()" in found.detail
+
+
+def test_what_is_missing_has_a_remedy() -> None:
+    """Whatever hook the kernel refuses: why, what that means, what to do. Never told twice."""
+    hooks = ["raw tracepoint napi_poll", "raw tracepoint cpuhp_enter", "task iterator"]
+    elsewhere = ["raw tracepoint lookback", NMI_SAMPLER]
+    answer = description("softirq", *(Missing(name, "why", "what") for name in hooks + elsewhere))
+    found = {item.name: item for item in described(replace(answer, attached=[]))}
+    assert set(found) == {"BPF programs", "net_rx_action", *hooks}
+    for name in hooks:
+        assert found[name].state is State.DEGRADED
+        assert "why" in found[name].detail
+        assert found[name].effect == "what"
+        assert found[name].remedy
+
+
+def test_the_look_back_is_an_item_of_its_own() -> None:
+    """The second program on its hook is not told as a hook."""
+    answer = description("kprobe")
+    answer.attached.append(Attached("hrtimer_expire_entry", "raw_tracepoint"))
+    answer.attached.append(Attached("hrtimer_expire_entry: lookback", "raw_tracepoint"))
+    names = [item.name for item in described(answer)]
+    assert [name for name in names if "hrtimer" in name] == ["raw tracepoint hrtimer_expire_entry"]
+
+
+def look(**changes: Any) -> Look:
+    """A look at a CPU whose ticks all came."""
+    fields: dict[str, Any] = {
+        "cpu": 3,
+        "took_ms": 250,
+        "refused": "",
+        "hidden": False,
+        "known": True,
+        "arrived": 62,
+        "ticks": [make.tick(0), make.tick(4, steal_ns=7_000_000, processed=1500, squeezed=2)],
+        "before": (1000, 1),
+        "after": (1600, 2),
+        "places": {"steal": 64, "cpustat": 128, "softnet": -64},
+        "steal_version": 6,
+    }
+    return Look(**(fields | changes))
+
+
+def test_look_back() -> None:
+    """Ticks that arrive are counted, with the price and how to be rid of it."""
+    found = look_back(look(), "2000 ns a tick")
+    assert found.state is State.OK
+    assert found.detail == "62 ticks of CPU 3 arrived in 250 ms; 2000 ns a tick"
+    assert "detect.lookback = false turns it off" in found.effect
+
+
+@pytest.mark.parametrize(
+    ("changes", "detail", "remedy"),
+    [
+        ({"refused": "gone", "known": False}, "hrtimer_expire_entry: gone", "this tracepoint"),
+        ({"known": False, "hidden": True}, "hides the addresses", "see kernel symbols"),
+        ({"known": False}, "do not name the function", "CONFIG_HIGH_RES_TIMERS=y"),
+        ({}, "no tick came to the ring of CPU 3 in 250 ms", "high resolution timers"),
+    ],
+)
+def test_no_look_back(changes: dict[str, Any], detail: str, remedy: str) -> None:
+    """Without ticks in the ring: the first reason why, what is not seen, and what to do."""
+    found = look_back(look(ticks=[], arrived=0, **changes), "no price")
+    assert (found.name, found.state) == ("look-back", State.DEGRADED)
+    assert detail in found.detail
+    assert "nothing is known of what ran before" in found.effect
+    assert "interrupts off are not seen" in found.effect
+    assert remedy in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("virtual", "changes", "state", "detail"),
+    [
+        (False, {"steal_version": 0}, State.OK, "no hypervisor"),
+        (True, {}, State.OK, "7 ms of CPU 3 stolen"),
+        (True, {"steal_version": 0, "places": {}}, State.DEGRADED, "does not tell where"),
+        (True, {"steal_version": 0}, State.DEGRADED, "keeps no steal clock"),
+        (True, {"steal_version": 0, "ticks": []}, State.DEGRADED, "not observed"),
+    ],
+)
+def test_steal_clock(virtual: bool, changes: dict[str, Any], state: State, detail: str) -> None:
+    """Only a virtual machine needs one; without one, what its verdicts then rest on is told."""
+    found = steal_clock(look(**changes), virtual)
+    assert found.state is state
+    assert detail in found.detail
+    if state is not State.OK:
+        assert "only where the stack shows it, else the verdict is unknown" in found.effect
+        assert found.remedy
+
+
+@pytest.mark.parametrize(
+    ("changes", "state", "detail"),
+    [
+        ({}, State.OK, "CPU 3: 600 packets"),
+        ({"before": (2**32 - 100, 1), "after": (1600, 2)}, State.OK, "CPU 3: 1700 packets"),
+        ({"before": None}, State.OK, "not readable"),
+        ({"before": (1501, 1)}, State.DEGRADED, "a tick read (1500, 2)"),
+        ({"after": (1600, 1)}, State.DEGRADED, "(1000, 1) before and (1600, 1) after"),
+        ({"places": {}}, State.DEGRADED, "does not tell where"),
+        ({"ticks": []}, State.DEGRADED, "not observed"),
+    ],
+)
+def test_softnet_counters(changes: dict[str, Any], state: State, detail: str) -> None:
+    """What a tick read must lie between what /proc told before and after, across a wrap too."""
+    found = softnet_counters(look(**changes))
+    assert found.state is state
+    assert detail in found.detail
+    if state is not State.OK:
+        assert found.effect
+        assert found.remedy
+
+
+ROW = "{:08x} 00000000 {:08x} 0 0 0 0 0 0 0 0 00000000"
+
+
+@pytest.mark.parametrize(
+    ("rows", "cpu", "counters"),
+    [
+        ([ROW.format(10, 1), ROW.format(20, 2)], 0, (10, 1)),
+        ([ROW.format(10, 1), ROW.format(20, 2)], 3, (20, 2)),
+        ([ROW.format(10, 1) + " 0 0 0", ROW.format(20, 2) + " 3 0 0"], 3, (20, 2)),
+        ([ROW.format(10, 1) + " 0 0 0"], 3, None),
+        (["not hexadecimal"], 0, None),
+        (["1"], 0, None),
+    ],
+)
+def test_softnet_stat(
+    tmp_path: Path, rows: list[str], cpu: int, counters: tuple[int, int] | None
+) -> None:
+    """Only online CPUs have a row; it names its CPU since 5.10, before that its place does."""
+    path = tmp_path / "softnet_stat"
+    path.write_text("\n".join(rows) + "\n")
+    assert softnet_stat(cpu, [0, 3], str(path)) == counters
+
+
+def test_no_softnet_stat(tmp_path: Path) -> None:
+    """A /proc without it is no error."""
+    assert softnet_stat(0, [0], str(tmp_path / "none")) is None
+
+
+NAMES = [b"irq/24-ACPI:Ged", b"ksoftirqd/0", b"migration/0", b"ksoftirqd/1", b"migration/1"]
+
+
+def test_watched_threads() -> None:
+    """How many of each kind, in the order of the patterns."""
+    found = watched_threads(NAMES, 0, True)
+    assert (found.name, found.state) == ("watched threads", State.OK)
+    assert found.detail == "5: ksoftirqd 2, migration 2, irq 1 (detect.kthreads)"
+
+
+@pytest.mark.parametrize(
+    ("names", "left_out", "iterated", "detail"),
+    [
+        (NAMES, 2, True, "2 more found no place"),
+        ([], 0, False, "none; without the task iterator"),
+    ],
+)
+def test_unwatched_threads(names: list[bytes], left_out: int, iterated: bool, detail: str) -> None:
+    """Threads that found no place, and a kernel that lists none, are told."""
+    found = watched_threads(names, left_out, iterated)
+    assert found.state is State.DEGRADED
+    assert detail in found.detail
+    assert found.effect
+    assert found.remedy
+
+
+class Sampler:
+    """Stands in for the NMI sampler: samples on two CPUs, or refuses."""
+
+    refusal = ""
+    closed = 0
+    cpus = (0, 1)
+
+    @classmethod
+    def open(cls, program_fd: int, cpus: list[int], frequency_hz: int) -> "Sampler":
+        assert program_fd == 9
+        if cls.refusal:
+            raise SamplerError(cls.refusal)
+        return cls()
+
+    def close(self) -> None:
+        type(self).closed += 1
+
+
+@pytest.fixture
+def sampler(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Item]:
+    """The item of a machine whose sampler starts, or refuses with these words."""
+
+    def found(refusal: str) -> Item:
+        monkeypatch.setattr(attached, "NmiSampler", type("Made", (Sampler,), {"refusal": refusal}))
+        return nmi_sampler(Probes(description("kprobe"), {"prog:nmi": 9}))
+
+    return found
+
+
+def test_nmi_sampler(sampler: Callable[[str], Item]) -> None:
+    """Where its program is loaded it is really opened, and closed again."""
+    found = sampler("")
+    assert found.state is State.OK
+    assert "on 2 CPUs" in found.detail
+    assert attached.NmiSampler.closed == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "detail", "remedy"),
+    [
+        ("busy: pinned events; stop the profiler", "busy: pinned events", "stop the profiler"),
+        ("refused: CAP_PERFMON is missing", "refused: CAP_PERFMON is missing", "see the reason"),
+    ],
+)
+def test_refused_sampler(
+    sampler: Callable[[str], Item], refusal: str, detail: str, remedy: str
+) -> None:
+    """A refusal is told with its remedy."""
+    found = sampler(refusal)
+    assert (found.state, found.effect) == (State.DEGRADED, NO_NMI)
+    assert (found.detail, found.remedy) == (detail, remedy)
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [("no hardware counter of cycles (PMU) on this machine", "virtual PMU"), ("s390x", "none yet")],
+)
+def test_no_sampler(reason: str, remedy: str) -> None:
+    """Where its program is not even loaded, the child said why."""
+    answer = description("kprobe", Missing(NMI_SAMPLER, reason, NO_NMI))
+    found = nmi_sampler(Probes(answer, {}))
+    assert (found.state, found.detail, found.effect) == (State.DEGRADED, reason, NO_NMI)
+    assert remedy in found.remedy

@@ -196,6 +196,12 @@ def test_a_tick_of_another_size(size: int) -> None:
         decode_tick(bytes(size))
 
 
+def test_the_deepest_tick() -> None:
+    """A stack that fills the entry comes back whole."""
+    deepest = tick(0, stack=tuple(range(1, LOOKBACK_DEPTH + 1)))
+    assert decode_tick(encode_tick(deepest)) == deepest
+
+
 @pytest.mark.parametrize("size", [4, LOOKBACK_DEPTH * 8 + 8, 0xFFFFFFF8])
 def test_impossible_tick_stacks(size: int) -> None:
     """Stacks deeper than the ring has room for, or of half a frame, are refused and named."""

@@ -24,7 +24,7 @@ from stalld.rings import Polled
 from stalld.sinks.emitter import Emitter
 from stalld.track.fold import Folder
 from stalld.track.hints import hint
-from stalld.track.model import Ended, Handler, History, Net, Phase, Tick, Update
+from stalld.track.model import Ended, Handler, Net, Phase, Tick, Update
 from stalld.track.stall import Tracker
 from stalld.track.verdict import Verdict
 from tests.unit import make
@@ -144,13 +144,10 @@ def test_levels_of_late_ticks(late_ms: int, starved_ms: int, level: str) -> None
 
 def test_a_whole_stall() -> None:
     """Every key of the contract, with the values that the records gave."""
-    before = History(
-        [tick(-4, net_rx_runs=3, net_rx_ns=MS, processed=7, squeezed=1, steal_ns=2 * MS)],
-        {(2, b"eth0"): Polled(5, 50, 1)},
-    )
-    meanwhile = History((), {(2, b"eth0"): Polled(7, 114, 2), (0, b""): Polled(1, 1, 0)})
+    before = tick(-4, net_rx_runs=3, net_rx_ns=MS, processed=7, squeezed=1, steal_ns=2 * MS)
+    polls = {(2, b"eth0"): Polled(2, 64, 1), (0, b"backlog"): Polled(1, 1, 0)}
     *_, update = updates(
-        MadeHost(before, meanwhile),
+        MadeHost([before], polls=polls),
         user_stack=(0x7F00,),
         policy=1,
         prio=49,
@@ -238,7 +235,7 @@ def test_a_whole_stall() -> None:
             "time_squeeze": 1,
             "napi": [
                 {"device": "eth0", "ifindex": 2, "polls": 2, "packets": 64, "exhausted": 1},
-                {"device": None, "ifindex": None, "polls": 1, "packets": 1, "exhausted": 0},
+                {"device": "backlog", "ifindex": None, "polls": 1, "packets": 1, "exhausted": 0},
             ],
         },
         "hint": hint(update),
@@ -248,7 +245,7 @@ def test_a_whole_stall() -> None:
 
 def test_the_first_line() -> None:
     """It has the same keys; what ran before is not looked up for it."""
-    first, last = map(stall, updates(MadeHost(History([tick(-4)]))))
+    first, last = map(stall, updates(MadeHost([tick(-4)])))
     assert first.keys() == last.keys()
     assert (first["lookback"], first["evidence"]["ended"]) == (None, None)
     assert len(last["lookback"]) == 1
@@ -265,6 +262,8 @@ def test_what_is_not_known_is_null() -> None:
     assert event["hint"] is None
     assert event["evidence"]["stolen_ms"] is None
     assert (event["net"]["packets"], event["net"]["time_squeeze"]) == (None, None)
+    assert event["net"]["napi"] == []
+    assert told(update._replace(net=Net(0, 0, 0, 0, None)))["net"]["napi"] is None
     nobody = told(update._replace(blocker=None, kernel_stack=(), captured="none"))
     assert nobody["blocker"] is None
 
@@ -816,7 +815,7 @@ def _lost() -> dict[str, Any]:
 
 
 def _stall() -> dict[str, Any]:
-    (_, update) = updates(MadeHost(History([tick(-4)])))
+    (_, update) = updates(MadeHost([tick(-4)]))
     polled = {(2, b"eth0"): Polled(1, 1, 1)}
     return told(
         update._replace(

@@ -9,7 +9,8 @@ import pytest
 
 from stalld.enrich.stack import Mode, Trimmed
 from stalld.host import LocalHost, below, is_virtual
-from stalld.rings import Polled
+from stalld.records import NAPI_SLOTS
+from stalld.rings import NapiSlot, Polled
 from stalld.track.model import Host
 from tests.unit import make
 from tests.unit.make import keep, tick
@@ -40,24 +41,31 @@ class Made:
         self.host: Host = LocalHost(self.maps, self.rings, symbols, virtual)
 
 
-def test_history() -> None:
-    """Ticks and polls of the CPU that is asked for, without a name looked up."""
+def test_ticks() -> None:
+    """Those of the CPU that is asked for, without a name looked up."""
     made = Made()
     keep(made.rings, 1, tick(5))
-    made.maps.cpus[1].napi_polls = 3
-    history = made.host.history(1)
-    assert (list(history.ticks), history.napi) == ([tick(5)], {(0, b""): Polled(3, 0, 0)})
-    assert (list(made.host.history(0).ticks), made.host.history(0).napi) == ([], {})
+    assert (list(made.host.ticks(1)), list(made.host.ticks(0))) == ([tick(5)], [])
     assert made.symbols.asked == []
 
 
-def test_history_is_a_copy() -> None:
+def test_ticks_are_a_copy() -> None:
     """What the kernel writes later does not change what was looked at."""
     made = Made()
-    history = made.host.history(0)
+    ticks = made.host.ticks(0)
     keep(made.rings, 0, tick(5))
-    made.maps.cpus[0].napi_polls = 3
-    assert (list(history.ticks), history.napi) == ([], {})
+    assert list(ticks) == []
+
+
+def test_polled() -> None:
+    """What the CPU polled in that stall, as long as it is its newest."""
+    made = Made()
+    made.maps.cpus[1].seq = 7
+    made.rings._slots[NAPI_SLOTS] = NapiSlot(
+        napi=1, ifindex=2, name=b"eth0", seq=7, stall_polls=3, stall_packets=30
+    )
+    assert made.host.polled(1, 7) == {(2, b"eth0"): Polled(3, 30, 0)}
+    assert made.host.polled(1, 6) is None
 
 
 def test_explain() -> None:
@@ -150,10 +158,11 @@ class TestVirtual:
         """Time that was stolen from any CPU proves it."""
         assert is_virtual(*self.made(tmp_path, stolen=1))
 
-    def test_an_old_stat(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("line", ["cpu  10 0 20 3000", "cpu  10 0 20 3000 5 0 1"])
+    def test_an_old_stat(self, tmp_path: Path, line: str) -> None:
         """A line without that column tells nothing."""
         proc, sys = self.made(tmp_path)
-        Path(proc, "stat").write_text("cpu  10 0 20 3000\n")
+        Path(proc, "stat").write_text(f"{line}\n")
         assert not is_virtual(proc, sys)
 
     def test_this_machine(self) -> None:

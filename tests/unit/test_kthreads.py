@@ -131,6 +131,7 @@ def test_patterns() -> None:
     assert kernel.watched.learn([napi, *others, nvme]) == {}
     assert kernel.pointers() == sorted([napi.task, nvme.task])
     assert kernel.watched.names == {napi.pid: napi.comm, nvme.pid: nvme.comm}
+    assert kernel.watched.left_out == 0
     assert kernel.find(nvme.task) == (nvme.pid, 0)
 
 
@@ -279,7 +280,7 @@ class TestPids:
     def test_nothing_is_watched_before_the_kernel_knows_the_pointer(self) -> None:
         """The pids are told, and no wake-up can be recognised yet."""
         kernel = Kernel("*")
-        kernel.watched.learn_pids({0: 16, 1: 24, 9: 99})  # There is no CPU 9.
+        kernel.watched.learn_pids({0: 16, 1: 24, CPUS: 99})  # There is no CPU 4.
         assert kernel.ksoftirqd() == [(0, 16), (0, 24), (0, 0), (0, 0)]
         assert kernel.pointers() == []
 

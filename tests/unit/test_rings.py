@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stalld.decode import TICK
-from stalld.records import LOOKBACK_SAMPLES, NAPI_SLOTS
-from stalld.rings import Napi, NapiSlot, Polled, Rings, Ticks, polled_since
+from stalld.records import LOOKBACK_DEPTH, LOOKBACK_RINGS, LOOKBACK_SAMPLES, NAPI_SLOTS
+from stalld.rings import NapiSlot, Rings, Ticks
 from tests.unit import make
 from tests.unit.make import MS, T0, keep, tick
 
 CPUS = 2
-RING = LOOKBACK_SAMPLES * TICK.size
+BYTES = LOOKBACK_RINGS * LOOKBACK_SAMPLES * TICK.size
+"""Of all rings of a CPU."""
 
 
 def made() -> Rings:
@@ -23,10 +24,38 @@ def made() -> Rings:
     return make.rings(make.maps(CPUS))
 
 
-def fill(rings: Rings, count: int, cpu: int = 0) -> None:
-    """The first ``count`` ticks, a millisecond apart."""
-    for at_ms in range(1, count + 1):
-        keep(rings, cpu, tick(at_ms, stack=(at_ms,) * 48))
+class Cpu:
+    """What the kernel does on one CPU, and what of it must be left to read."""
+
+    def __init__(self, rings: Rings, cpu: int = 0) -> None:
+        self.rings = rings
+        self.cpu = cpu
+        self.ticks = 0
+        self._kept: list[list[int]] = [[] for _ in range(LOOKBACK_RINGS)]
+
+    def run(self, count: int) -> None:
+        """So many ticks, a millisecond apart."""
+        for _ in range(count):
+            self.ticks += 1
+            keep(self.rings, self.cpu, tick(self.ticks, stack=(self.ticks,) * LOOKBACK_DEPTH))
+            self._kept[self.rings._cpus[self.cpu].ring].append(self.ticks)
+
+    def begin(self) -> None:
+        """A stall begins: the other ring is written from now on."""
+        state = self.rings._cpus[self.cpu]
+        state.ring ^= 1
+        state.seq += 1
+
+    def left(self) -> list[int]:
+        """The ticks that each ring has room for."""
+        return sorted(at for kept in self._kept for at in kept[-LOOKBACK_SAMPLES:])
+
+    def half_written(self) -> list[int]:
+        """The same with the next tick begun: the oldest place is lost."""
+        now = self.rings._cpus[self.cpu].ring
+        full = len(self._kept[now]) >= LOOKBACK_SAMPLES
+        lost = self._kept[now][-LOOKBACK_SAMPLES] if full else 0
+        return [at for at in self.left() if at != lost]
 
 
 def ages(ticks: Ticks) -> list[int]:
@@ -35,7 +64,7 @@ def ages(ticks: Ticks) -> list[int]:
 
 
 class TestTicks:
-    """The ring of one CPU."""
+    """The rings of one CPU."""
 
     def test_nothing_yet(self) -> None:
         """Before the first tick there is none."""
@@ -44,11 +73,33 @@ class TestTicks:
     @pytest.mark.parametrize("count", [1, 5, LOOKBACK_SAMPLES - 1, LOOKBACK_SAMPLES, 65, 200])
     @pytest.mark.parametrize("cpu", range(CPUS))
     def test_oldest_first(self, cpu: int, count: int) -> None:
-        """At most 64, the last ones, in their order, however often the ring went round."""
+        """The last 64 in their order, however often the ring went round, of that CPU alone."""
         rings = made()
-        fill(rings, count, cpu)
+        Cpu(rings, cpu).run(count)
         assert ages(rings.ticks(cpu)) == list(range(max(1, count - 63), count + 1))
         assert list(rings.ticks(1 - cpu)) == []
+
+    @pytest.mark.parametrize("inside", [0, 1, 64, 1000])
+    def test_what_was_before_a_stall_stays(self, inside: int) -> None:
+        """However long a stall lasts, the 64 ticks before it are not written over."""
+        rings = made()
+        cpu = Cpu(rings)
+        cpu.run(100)
+        cpu.begin()
+        cpu.run(inside)
+        found = ages(rings.ticks(0))
+        assert found[:64] == list(range(37, 101))
+        assert found[64:] == list(range(max(101, 37 + inside), 101 + inside))
+
+    @given(st.lists(st.integers(0, 150), max_size=6))
+    def test_any_stalls(self, runs: list[int]) -> None:
+        """After any number of stalls: the last 64 of either ring, oldest first, none twice."""
+        rings = made()
+        cpu = Cpu(rings)
+        for count in runs:
+            cpu.begin()
+            cpu.run(count)
+        assert ages(rings.ticks(0)) == cpu.left()
 
     def test_every_field(self) -> None:
         """A tick is decoded as it was written."""
@@ -60,7 +111,7 @@ class TestTicks:
     def test_indices(self) -> None:
         """It is a sequence: from the end, slices, backwards, and an end."""
         rings = made()
-        fill(rings, 100)
+        Cpu(rings).run(100)
         ticks = rings.ticks(0)
         assert len(ticks) == LOOKBACK_SAMPLES
         assert [(each.time_ns - T0) // MS for each in (ticks[0], ticks[-1])] == [37, 100]
@@ -73,22 +124,23 @@ class TestTicks:
     def test_one_that_is_being_written(self, count: int) -> None:
         """A tick whose time is 0 is left out, the others stay."""
         rings = made()
-        fill(rings, count)
+        cpu = Cpu(rings)
+        cpu.run(count)
         at = make.place(rings, 0)
         rings._samples[at : at + 8] = bytes(8)
-        assert ages(rings.ticks(0)) == list(range(max(1, count - 62), count + 1))
+        assert ages(rings.ticks(0)) == cpu.half_written()
+
+
+Pauses = list[tuple[int, list[int]]]
+"""Bytes copied so far; ticks that come then, and more after each stall that begins then."""
 
 
 class Racing:
-    """Memory that the kernel goes on writing while a ring is copied, piece by piece.
+    """Memory that the kernel goes on writing while it is copied, piece by piece."""
 
-    Args:
-        pauses: bytes copied so far, and ticks that are written then.
-    """
-
-    def __init__(self, rings: Rings, pauses: list[tuple[int, int]]) -> None:
-        self.rings = rings
-        self.memory = rings._samples
+    def __init__(self, cpu: Cpu, pauses: Pauses) -> None:
+        self.cpu = cpu
+        self.memory = cpu.rings._samples
         self.pauses = pauses
         self.copies = 0
 
@@ -96,69 +148,88 @@ class Racing:
         """A copy, from its start to its end."""
         at, end = where.start, where.stop
         copied = b""
-        if end - at == RING:
+        if end - at == BYTES:
             self.copies += 1
             start = at
             while self.pauses:
-                until, count = self.pauses.pop(0)
+                until, ticks = self.pauses.pop(0)
                 copied += self.memory[at : start + until]
                 at = start + until
-                for _ in range(count):
-                    self.interrupt()
+                self.interrupt(ticks)
         return copied + self.memory[at:end]
 
     def __setitem__(self, where: slice, value: bytes) -> None:
         """The kernel writes."""
         self.memory[where] = value
 
-    def interrupt(self) -> None:
-        """The kernel writes a whole tick."""
-        at_ms = self.rings._cpus[1].ticks + 1
-        keep(self.rings, 1, tick(at_ms, stack=(at_ms,) * 48))
+    def interrupt(self, ticks: list[int]) -> None:
+        """The kernel's turn."""
+        for nr, count in enumerate(ticks):
+            if nr:
+                self.cpu.begin()
+            self.cpu.run(count)
+
+    def read(self) -> Ticks:
+        """The ticks, read while they are written."""
+        memory: Any = self
+        self.cpu.rings._samples = memory
+        return self.cpu.rings.ticks(self.cpu.cpu)
 
 
-def race(rings: Rings, racing: Racing) -> Ticks:
-    """The ticks of the second CPU, read while they are written."""
-    memory: Any = racing
-    rings._samples = memory
-    return rings.ticks(1)
-
-
-@given(
-    st.integers(0, 200),
-    st.lists(st.tuples(st.integers(0, RING), st.integers(1, 70)), min_size=1, max_size=3),
+PAUSES = st.tuples(
+    st.integers(0, BYTES), st.lists(st.sampled_from([0, 1, 2, 63, 64, 65]), max_size=4)
 )
-def test_no_copy_is_torn(count: int, pauses: list[tuple[int, int]]) -> None:
-    """However far the kernel came while the ring was copied: whole ticks, all, in order."""
-    rings = made()
-    fill(rings, count, 1)
-    racing = Racing(rings, sorted(pauses))
-    ticks = race(rings, racing)
-    written = rings._cpus[1].ticks
-    assert ages(ticks) == list(range(max(1, written - 63), written + 1))
-    assert all(each.stack == (at_ms,) * 48 for each, at_ms in zip(ticks, ages(ticks), strict=True))
+
+
+@given(st.integers(0, 200), st.integers(0, 100), st.lists(PAUSES, min_size=1, max_size=3))
+def test_no_copy_is_torn(before: int, inside: int, pauses: Pauses) -> None:
+    """However far the kernel came while it was copied: whole ticks, all, in order."""
+    cpu = Cpu(made(), 1)
+    cpu.run(before)
+    cpu.begin()
+    cpu.run(inside)
+    racing = Racing(cpu, sorted(pauses))
+    ticks = racing.read()
+    assert ages(ticks) == cpu.left()
+    assert all(
+        each.stack == (at_ms,) * LOOKBACK_DEPTH
+        for each, at_ms in zip(ticks, ages(ticks), strict=True)
+    )
     assert racing.copies <= 2
 
 
-@given(st.integers(0, RING), st.sampled_from([0, 30, 64, 100]))
-def test_a_tick_begun_while_it_is_copied(until: int, count: int) -> None:
+class Begun(Racing):
+    """The kernel only begins a tick."""
+
+    def interrupt(self, ticks: list[int]) -> None:
+        """It has written all but the time."""
+        at = make.place(self.cpu.rings, self.cpu.cpu)
+        self.memory[at : at + TICK.size] = bytes(8) + b"\xee" * (TICK.size - 8)
+
+
+@given(st.integers(0, BYTES), st.sampled_from([0, 30, 64, 100]), st.booleans())
+def test_a_tick_begun_while_it_is_copied(until: int, count: int, other: bool) -> None:
     """One that is not complete yet is left out, whether it began before or after its copy."""
-    rings = made()
-    fill(rings, count, 1)
-
-    class Begun(Racing):
-        def interrupt(self) -> None:
-            at = make.place(self.rings, 1)
-            self.memory[at : at + TICK.size] = bytes(8) + b"\xee" * (TICK.size - 8)
-
-    racing = Begun(rings, [(until, 1)])
-    assert ages(race(rings, racing)) == list(range(max(1, count - 62), count + 1))
+    cpu = Cpu(made(), 1)
+    cpu.run(count)
+    if other:
+        cpu.begin()
+        cpu.run(count)
+    racing = Begun(cpu, [(until, [])])
+    assert ages(racing.read()) == cpu.half_written()
     assert racing.copies <= 2
 
 
 def slot(number: int, ifindex: int, name: bytes, polls: int, packets: int, full: int) -> NapiSlot:
     """A slot in use."""
-    return NapiSlot(0xFFFF888100000000 + number, polls, packets, full, 1, ifindex, 0, name)
+    return NapiSlot(
+        napi=0xFFFF888100000000 + number,
+        polls=polls,
+        packets=packets,
+        exhausted=full,
+        ifindex=ifindex,
+        name=name,
+    )
 
 
 class TestNapi:
@@ -214,63 +285,44 @@ class TestNapi:
             assert [index for index, _ in rings.napi(cpu)] == [*range(first, first + NAPI_SLOTS)]
 
 
-ETH0, ETH1, REST = (2, b"eth0"), (3, b"eth1"), (0, b"")
+class TestPolledInAStall:
+    """What was polled since the present stall was detected."""
 
-SINCE: dict[str, tuple[Napi, Napi, Napi]] = {
-    "nothing at all": ({}, {}, {}),
-    "the first polls": ({}, {ETH0: Polled(3, 30, 1)}, {ETH0: Polled(3, 30, 1)}),
-    "more of them": (
-        {ETH0: Polled(3, 30, 1)},
-        {ETH0: Polled(5, 32, 1)},
-        {ETH0: Polled(2, 2, 0)},
-    ),
-    "not a poll": ({ETH0: Polled(3, 30, 1)}, {ETH0: Polled(3, 30, 1)}, {}),
-    "polls that brought nothing": (
-        {ETH0: Polled(3, 30, 1)},
-        {ETH0: Polled(4, 30, 1)},
-        {ETH0: Polled(1, 0, 0)},
-    ),
-    "its slot was given away and it began anew": (
-        {ETH0: Polled(100, 1000, 9)},
-        {ETH0: Polled(4, 40, 0), REST: Polled(100, 1000, 0)},
-        {ETH0: Polled(4, 40, 0)},
-    ),
-    "its slot was given to another one": (
-        {ETH0: Polled(100, 1000, 9), REST: Polled(7, 70, 0)},
-        {ETH1: Polled(5, 50, 5), REST: Polled(107, 1070, 0)},
-        {ETH1: Polled(5, 50, 5)},
-    ),
-    "polled some more before that": (
-        {ETH0: Polled(100, 1000, 9)},
-        {ETH1: Polled(5, 50, 5), REST: Polled(102, 1020, 0)},
-        {ETH1: Polled(5, 50, 5), REST: Polled(2, 20, 0)},
-    ),
-    "no slot was free": (
-        {REST: Polled(7, 70, 0)},
-        {REST: Polled(9, 71, 0)},
-        {REST: Polled(2, 1, 0)},
-    ),
-    "the table was read in the middle of it": (
-        {ETH0: Polled(100, 1000, 9)},
-        {REST: Polled(100, 900, 0)},
-        {},
-    ),
-}
+    def rings(self, *slots: NapiSlot, seq: int = 7) -> Rings:
+        """Of a CPU in its stall ``seq``."""
+        rings = made()
+        rings._cpus[0].seq = seq
+        for place, each in enumerate(slots):
+            rings._slots[place] = each
+        return rings
 
+    def polled(self, number: int, ifindex: int, name: bytes, seq: int, *counts: int) -> NapiSlot:
+        """A slot that polled in a stall."""
+        given = slot(number, ifindex, name, 1000, 2000, 3000)
+        given.seq = seq
+        given.stall_polls, given.stall_packets, given.stall_exhausted = counts
+        return given
 
-@pytest.mark.parametrize(("before", "now", "polled"), SINCE.values(), ids=SINCE.keys())
-def test_polled_since(before: Napi, now: Napi, polled: Napi) -> None:
-    """Only what came in between, also where a slot changed hands; never less than nothing."""
-    assert polled_since(before, now) == polled
+    def test_by_device(self) -> None:
+        """Only what was polled in that stall, the queues of a device as one."""
+        rings = self.rings(
+            self.polled(0, 2, b"eth0", 7, 3, 30, 1),
+            self.polled(1, 2, b"eth0", 7, 4, 40, 0),
+            self.polled(2, 3, b"eth1", 6, 5, 50, 5),
+            self.polled(3, 0, b"", 7, 1, 2, 0),
+        )
+        assert rings.polled(0, 7) == {(2, b"eth0"): (7, 70, 1), (0, b"backlog"): (1, 2, 0)}
 
+    def test_nothing(self) -> None:
+        """A stall without a poll is empty, not unknown."""
+        assert self.rings().polled(0, 7) == {}
 
-COUNTS = st.builds(Polled, *[st.integers(0, 100)] * 3)
-TABLES = st.dictionaries(st.sampled_from([ETH0, ETH1, REST]), COUNTS)
+    @pytest.mark.parametrize("seq", [6, 8, 0])
+    def test_another_stall(self, seq: int) -> None:
+        """Once the CPU has had another one, what was polled in the old one is not known."""
+        rings = self.rings(self.polled(0, 2, b"eth0", 7, 3, 30, 1))
+        assert rings.polled(0, seq) is None
 
-
-@given(TABLES, TABLES)
-def test_any_two_looks(before: Napi, now: Napi) -> None:
-    """No two looks, however torn, make a negative count."""
-    for polled in polled_since(before, now).values():
-        assert polled.polls > 0
-        assert min(polled) >= 0
+    def test_slots_that_were_never_used(self) -> None:
+        """An empty slot is of no stall, whatever number that has."""
+        assert self.rings(seq=0).polled(0, 0) == {}

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 
 from stalld.records import RecordType, Source
-from stalld.rings import Napi, Polled
+from stalld.rings import Polled
 from stalld.track import evidence
 from stalld.track.evidence import (
     after_late,
@@ -19,7 +19,7 @@ from stalld.track.evidence import (
     weigh,
 )
 from stalld.track.gather import Stall
-from stalld.track.model import History, Net, Observation
+from stalld.track.model import Net, Observation
 from stalld.track.verdict import Evidence
 from tests.unit.make import (
     MS,
@@ -37,7 +37,7 @@ from tests.unit.make import (
 
 def stall(*observations: Observation, **changes: Any) -> Stall:
     """A stall of these records."""
-    given = Stall(0, 1, T0, **{"before": History(), **changes})
+    given = Stall(0, 1, T0, **{"before": (), **changes})
     for each in observations:
         given.take(each)
     return given
@@ -157,7 +157,7 @@ class TestWeigh:
     def test_late_without_what_was_stolen(self, stolen_ms: int, stolen: int, is_late: int) -> None:
         """A CPU that was taken away for a part of it explains that part of the lateness."""
         late = sample(1, 30, late_ns=30 * MS, steal_ns=1 + stolen_ms * MS)
-        found = weighed(late, before=History([tick(-2, steal_ns=1)]))
+        found = weighed(late, before=[tick(-2, steal_ns=1)])
         assert (found.stolen, found.late) == (stolen, is_late)
 
     @pytest.mark.parametrize(
@@ -175,10 +175,10 @@ class TestWeigh:
         assert not weighed(sample(1, 12, serving_vec=3), sample(2, 24, **starved)).handler_ran
 
     def test_starved_modes(self) -> None:
-        """Those of samples that saw it pending; what the end of it hit says nothing."""
-        starved = {"wait_ns": waits(TIMER=12 * MS)}
+        """Those of samples that saw it pending for the threshold; what its end hit says nothing."""
+        starved = {"wait_ns": waits(TIMER=THRESHOLD)}
         found = weighed(
-            sample(1, 12, mode="user"),
+            sample(1, 12, mode="user", wait_ns=waits(TIMER=THRESHOLD - 1)),
             sample(2, 20, mode="kernel", **starved),
             sample(3, 30, mode=None, **starved),
             close(3, 31, mode="idle", **starved),
@@ -230,13 +230,13 @@ class TestNet:
 
     def test_since_the_last_tick_before(self) -> None:
         """The differences of the counters."""
-        before = History([tick(-8), tick(-4, **self.COUNTS), tick(4, **self.counted(processed=9))])
+        before = [tick(-8), tick(-4, **self.COUNTS), tick(4, **self.counted(processed=9))]
         more = self.counted(net_rx_runs=3, net_rx_ns=2 * MS, processed=64, squeezed=1)
-        assert net_of(stall(close(0, 12, **more), before=before)) == Net(3, 2 * MS, 64, 1, {})
+        assert net_of(stall(close(0, 12, **more), before=before)) == Net(3, 2 * MS, 64, 1, None)
 
     def test_the_newest_record_counts(self) -> None:
         """The last sample, then the closing record."""
-        before = History([tick(-4, **self.COUNTS)])
+        before = [tick(-4, **self.COUNTS)]
         given = stall(
             sample(1, 12, **self.counted(processed=1)),
             sample(2, 20, **self.counted(processed=2)),
@@ -250,33 +250,33 @@ class TestNet:
         """The kernel's counters have 32 bits."""
         last = {"net_rx_runs": 0xFFFFFFFF, "processed": 0xFFFFFFF0, "squeezed": 0xFFFFFFFE}
         now = {"net_rx_runs": 1, "processed": 0x10, "squeezed": 0}
-        found = net_of(stall(close(0, 12, **now), before=History([tick(-4, **last)])))
+        found = net_of(stall(close(0, 12, **now), before=[tick(-4, **last)]))
         assert (found.runs, found.packets, found.squeezed) == (2, 0x20, 2)
 
     def test_counters_that_cannot_be_read(self) -> None:
         """They are unknown then, not 0; our own are known all the same."""
-        before = History([tick(-4, net_rx_runs=1)])
+        before = [tick(-4, net_rx_runs=1)]
         found = net_of(stall(close(0, 12, net_rx_runs=2, net_rx_ns=MS), before=before))
-        assert found == Net(1, MS, None, None, {})
+        assert found == Net(1, MS, None, None, None)
 
     def test_without_a_tick_before(self) -> None:
         """Counted from the first sample on; of a closing record alone nothing is known."""
         first, last = self.counted(), self.counted(net_rx_runs=1, processed=5)
-        assert net_of(stall(sample(1, 12, **first), close(1, 20, **last))) == Net(1, 0, 5, 0, {})
-        assert net_of(stall(close(0, 20, **last))) == Net(0, 0, 0, 0, {})
-        assert net_of(stall()) == Net(0, 0, None, None, {})
+        assert net_of(stall(sample(1, 12, **first), close(1, 20, **last))) == Net(1, 0, 5, 0, None)
+        assert net_of(stall(close(0, 20, **last))) == Net(0, 0, 0, 0, None)
+        assert net_of(stall()) == Net(0, 0, None, None, None)
 
     def test_napi(self) -> None:
-        """What was polled since the stall was heard of."""
-        before: Napi = {(2, b"eth0"): Polled(5, 50, 1)}
-        given = stall(sample(1, 12), before=History((), before))
-        given.meanwhile = History((), {(2, b"eth0"): Polled(7, 114, 2)})
+        """What was polled in the stall, as of the last look; unknown before that."""
+        given = stall(sample(1, 12))
+        assert net_of(given).napi is None
+        given.polled = {(2, b"eth0"): Polled(2, 64, 1)}
         assert net_of(given).napi == {(2, b"eth0"): (2, 64, 1)}
 
 
 def test_lookback() -> None:
     """Ticks up to the begin, from as long ago as asked for, oldest first, with their stacks."""
-    given = stall(before=History([tick(-101), tick(-100), tick(-1, stack=()), tick(0), tick(1)]))
+    given = stall(before=[tick(-101), tick(-100), tick(-1, stack=()), tick(0), tick(1)])
     found = lookback(given, MadeHost().explain, 100 * MS)
     assert [each.sample for each in found] == [tick(-100), tick(-1, stack=()), tick(0)]
     assert [each.mode for each in found] == ["kernel", "user", "kernel"]

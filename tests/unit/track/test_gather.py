@@ -9,21 +9,16 @@ import pytest
 from stalld.records import RecordType, Source, TickSample
 from stalld.state import StallState
 from stalld.track.gather import Stall
-from stalld.track.model import History, Observation
+from stalld.track.model import Observation
 from tests.unit.make import MS, T0, close, observation, sample, tick, waiters, waits
 
 
 def stall(*observations: Observation, **changes: Any) -> Stall:
     """A stall of these records."""
-    given = Stall(0, 1, T0, **{"before": History(), **changes})
+    given = Stall(0, 1, T0, **{"before": (), **changes})
     for each in observations:
         given.take(each)
     return given
-
-
-def ticks(*given: TickSample) -> History:
-    """What the ring held."""
-    return History(given)
 
 
 def test_an_empty_stall() -> None:
@@ -91,18 +86,18 @@ class TestTicks:
 
     def test_the_last_before(self) -> None:
         """The newest one up to the begin, however old."""
-        given = stall(sample(1, 12), before=ticks(tick(-9000), tick(0), tick(4), tick(8)))
+        given = stall(sample(1, 12), before=[tick(-9000), tick(0), tick(4), tick(8)])
         assert given.last_tick_before() == tick(0)
-        assert stall(before=ticks(tick(-9000), tick(1))).last_tick_before() == tick(-9000)
+        assert stall(before=[tick(-9000), tick(1)]).last_tick_before() == tick(-9000)
 
     def test_none_before(self) -> None:
         """The ring has gone round, or is new."""
-        assert stall(sample(1, 12), before=ticks(tick(4), tick(8))).last_tick_before() is None
+        assert stall(sample(1, 12), before=[tick(4), tick(8)]).last_tick_before() is None
 
     def test_those_inside(self) -> None:
         """From behind the begin to the last record, as of the last look."""
         given = stall(sample(1, 12))
-        given.meanwhile = ticks(tick(-4), tick(0), tick(4), tick(8), tick(12), tick(16))
+        given.meanwhile = [tick(at_ms) for at_ms in (-4, 0, 4, 8, 12, 16)]
         assert [(each.time_ns - T0) // MS for each in given.ticks_inside()] == [4, 8, 12]
 
 
@@ -175,5 +170,5 @@ STOLEN: dict[str, tuple[list[TickSample], list[Observation], float | None]] = {
 @pytest.mark.parametrize(("kept", "records", "ms"), STOLEN.values(), ids=STOLEN.keys())
 def test_stolen(kept: list[TickSample], records: list[Observation], ms: float | None) -> None:
     """What the steal clock counted of the stall, from the last tick before it on."""
-    found = stall(*records, before=History(kept)).stolen_ns()
+    found = stall(*records, before=kept).stolen_ns()
     assert found == (None if ms is None else ms * MS)

@@ -9,7 +9,7 @@ import pytest
 from stalld.records import VECTORS, Source
 from stalld.service import EXPIRE_EVERY_S
 from stalld.state import StallState
-from stalld.track.model import Ended, History, Observation, Phase, Update
+from stalld.track.model import Ended, Observation, Phase, Update
 from stalld.track.stall import CLOSE_GRACE_NS, MAX_ONGOING, RING_PERIOD_NS, Tracker
 from stalld.track.verdict import Verdict
 from tests.unit.make import (
@@ -227,6 +227,7 @@ class TestExpire:
         (resolved,) = given.expire(now + CLOSE_GRACE_NS, over)
         assert (resolved.ended, resolved.duration_ns) == (Ended.STATE, 90 * MS)
         assert resolved.starved == {"NET_RX": 88 * MS}
+        assert resolved.record_ns == 0
         assert not given.open
         assert feed(given, close(1, 90)) == []
 
@@ -327,7 +328,7 @@ def test_a_good_part_of_the_stall(mode: str, stuck_ms: int, end_ms: int, verdict
 class TestLookback:
     """What ran before: in every line but the first, which waits for nothing."""
 
-    BEFORE = History([tick(-600), tick(-513), tick(-512), tick(-4), tick(0), tick(4)])
+    BEFORE = (tick(-600), tick(-513), tick(-512), tick(-4), tick(0), tick(4))
 
     def test_not_in_the_first_line(self) -> None:
         """The first line has none; later ones have it, oldest first, up to the stall's begin."""
@@ -356,11 +357,11 @@ class TestLookback:
     def test_its_reach(self, tick_ms: int, reach_ms: int) -> None:
         """Two rings full of ticks: what an idle CPU left there is not from before this stall."""
         assert 128 * max(tick_ms * MS, RING_PERIOD_NS) == reach_ms * MS
-        before = History([tick(-reach_ms - 1), tick(-reach_ms)])
+        before = [tick(-reach_ms - 1), tick(-reach_ms)]
         given = Tracker(THRESHOLD, tick_ms * MS, MadeHost(before))
         (resolved,) = feed(given, close(0, 12))
         assert resolved.lookback is not None
-        assert [each.sample for each in resolved.lookback] == before.ticks[1:]
+        assert [each.sample for each in resolved.lookback] == before[1:]
 
     def test_the_first_line_looks_once(self) -> None:
         """The kernel's memory is read when a stall is first heard of, and for each later line."""

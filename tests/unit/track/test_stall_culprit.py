@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stalld.records import LOOKBACK_SAMPLES, Source, TickSample
-from stalld.track.model import History, Observation, Update
+from stalld.track.model import Observation, Update
 from stalld.track.stall import Tracker
 from stalld.track.verdict import Verdict
 from tests.unit.make import (
@@ -175,7 +175,7 @@ class TestLetGo:
 class TestConsumers:
     """Tasks that take turns: the ring has every tick, the samples only some."""
 
-    BEFORE = History([tick(-4)])
+    BEFORE = (tick(-4),)
 
     def told(self, *ticks: TickSample, before: TickSample | None = None, **changes: Any) -> Update:
         """A contention of 60 ms with three samples of one task; the ring as it was at the end."""
@@ -187,7 +187,7 @@ class TestConsumers:
                 for nr, at_ms in ((1, 12), (2, 20), (3, 40))
             ),
             close(3, 60, source=Source.SWITCH, switches=9, waiter_ns=waiters(60 * MS)),
-            host=MadeHost(self.BEFORE, History(ring)),
+            host=MadeHost(self.BEFORE, ring),
         )
 
     def test_the_biggest_consumer(self) -> None:
@@ -220,7 +220,7 @@ class TestConsumers:
             once,
             sample(2, 40, tid=7, comm=b"sampled", mode="user", switches=3),
             close(2, 60, source=Source.SWITCH, waiter_ns=waiters(60 * MS), switches=4),
-            host=MadeHost(self.BEFORE, History(ring)),
+            host=MadeHost(self.BEFORE, ring),
         )
         assert blamed(update) == b"consumer"
         assert update.blocker is not None
@@ -237,9 +237,14 @@ class TestConsumers:
         ticks = [tick(50 + n / 10, tid=8, comm=b"late") for n in range(LOOKBACK_SAMPLES)]
         assert blamed(self.told(*ticks[1:], before=ticks[0])) == b"sampled"
 
+    def test_the_ring_just_reaches_back(self) -> None:
+        """A tick at the very begin is old enough to know all that came after."""
+        ticks = [tick(at_ms, tid=8, comm=b"consumer") for at_ms in range(4, 60, 4)]
+        assert blamed(self.told(*ticks, before=tick(0))) == b"consumer"
+
     def test_not_in_the_first_line(self) -> None:
         """The first line goes by its sample."""
-        ring = History([tick(-4), *(tick(at_ms, tid=8) for at_ms in (4, 8, 12))])
+        ring = [tick(-4), *(tick(at_ms, tid=8) for at_ms in (4, 8, 12))]
         update = last(
             sample(1, 12, mode="user", waiter_ns=waiters(12 * MS), switches=1),
             host=MadeHost(ring, ring),
@@ -252,6 +257,6 @@ class TestConsumers:
         update = last(
             sample(1, 12, wait_ns=waits(NET_RX=12 * MS)),
             close(1, 60, wait_ns=waits(NET_RX=60 * MS), enabled=True),
-            host=MadeHost(self.BEFORE, History(ring)),
+            host=MadeHost(self.BEFORE, ring),
         )
         assert (update.verdict, blamed(update)) == (Verdict.SOFTIRQS_DISABLED, b"spinner")

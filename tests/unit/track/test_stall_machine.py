@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hypothesis import settings
@@ -11,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from stalld.records import LOOKBACK_SAMPLES, VEC_NONE, RecordType, Source, TickSample
 from stalld.state import StallState
-from stalld.track.model import Ended, History, Observation, Phase, Update
+from stalld.track.model import Ended, Observation, Phase, Update
 from stalld.track.stall import CLOSE_GRACE_NS, MAX_ONGOING, Tracker
 from stalld.track.verdict import Verdict
 from tests.unit.make import (
@@ -58,9 +59,9 @@ class Machine(MadeHost):
         super().__init__(inline=inline, tells_steal=tells_steal)
         self.kernel = kernel
 
-    def history(self, cpu: int) -> History:
+    def ticks(self, cpu: int) -> Sequence[TickSample]:
         """The ring as it is now."""
-        return History(self.kernel[cpu].ticks[-LOOKBACK_SAMPLES:])
+        return self.kernel[cpu].ticks[-LOOKBACK_SAMPLES:]
 
 
 class TrackerMachine(RuleBasedStateMachine):

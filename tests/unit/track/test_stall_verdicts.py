@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 
 from stalld.records import VECTORS, Source
-from stalld.track.model import History, Observation, Phase, Update
+from stalld.track.model import Observation, Phase, Update
 from stalld.track.stall import Tracker
 from stalld.track.verdict import Verdict
 from tests.unit.make import (
@@ -45,7 +45,7 @@ class Case(NamedTuple):
             kept = [tick(-2, steal_ns=1)]
             stolen = 1 + round(self.stolen_ms * MS)
             records = [o._replace(record=o.record._replace(steal_ns=stolen)) for o in records]
-        host = MadeHost(History(kept), inline=self.inline, tells_steal=self.tells_steal)
+        host = MadeHost(kept, inline=self.inline, tells_steal=self.tells_steal)
         given = Tracker(THRESHOLD, TICK_NS, host)
         return [line for each in records for line in given.observe(each)]
 
@@ -286,6 +286,18 @@ class TestHandler:
         """A poll without a device is that of the CPU's own queue."""
         *_, resolved = self.polling(napi_work=0, napi_budget=64)
         assert resolved.handler == (NET_RX, 30 * MS, b"backlog", 0, 64)
+
+    def test_the_last_poll(self) -> None:
+        """Of several that were told, the newest is the one of the long run that is over."""
+        (update,) = Case(
+            [
+                sample(1, 12, **served(12), napi_ifindex=2, napi_name=b"eth0", napi_budget=64),
+                sample(2, 20, **served(20), napi_ifindex=3, napi_name=b"eth1", napi_budget=64),
+                close(2, 30, **served(30), napi_ifindex=3, napi_name=b"eth1", napi_budget=64),
+            ],
+            [],
+        ).lines()[1:]
+        assert update.handler == (NET_RX, 30 * MS, b"eth1", 0, 64)
 
     def test_no_poll(self) -> None:
         """Where no poll was seen, there is no device."""

@@ -96,6 +96,10 @@ RULES: dict[str, tuple[dict[str, Any], Verdict]] = {
         STARVED_IN_KERNEL | NEW | {"enabled_late": True},
         Verdict.SOFTIRQS_DISABLED,
     ),
+    "old kernel: ksoftirqd runnable, yet served when bottom halves came back": (
+        STARVED_IN_KERNEL | WAITED | OLD | STUCK | {"enabled_late": True},
+        Verdict.SOFTIRQS_DISABLED,
+    ),
     "starved in the kernel, user mode seen at other samples": (
         STARVED_IN_KERNEL | NEW | {"user": True, "others": True},
         Verdict.SOFTIRQS_DISABLED,
