@@ -31,6 +31,43 @@ static __always_inline void check_late(struct cpu_state *st, struct watch_config
 	st->late_ns = max_u63(st->late_ns, late);
 }
 
+/*
+ * To walk a stack takes 10 to 40 us when the tables for it are not in the
+ * cache, and they are not. So user code is told by its registers, and kernel
+ * code by its address alone, but for every fourth tick, and whenever something
+ * waits: then it matters.
+ */
+#define WALK_EVERY 4
+
+static __always_inline u32 tick_kind(struct cpu_state *st, struct watch_config *cfg, u64 ticks,
+				     u64 *address)
+{
+#ifdef STALLD_REGISTERS
+	struct pt_regs *regs = NULL;
+	u64 segment = 0, pending = st->waiting | st->active;
+	int vec;
+
+	if (!cfg->regs_offset)
+		return TICK_STACK;
+	bpf_probe_read_kernel(&regs, sizeof(regs),
+			      (void *)(st->tick_timer + (s64)cfg->regs_offset));
+	if (!regs)
+		return TICK_STACK;
+	bpf_probe_read_kernel(&segment, sizeof(u16), &regs->cs);
+	if (segment & 3)
+		return TICK_USER;
+#pragma unroll
+	for (vec = 0; vec < VEC_COUNT; vec++)
+		pending |= st->raised[vec];
+	if (pending || ticks % WALK_EVERY == 0)
+		return TICK_STACK;
+	bpf_probe_read_kernel(address, sizeof(*address), &regs->ip);
+	return TICK_ADDRESS;
+#else
+	return TICK_STACK;
+#endif
+}
+
 int handle_tick(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 cpu = bpf_get_smp_processor_id(), half, place;
@@ -85,7 +122,11 @@ int handle_tick(struct bpf_raw_tracepoint_args *ctx)
 	bpf_probe_read_kernel(&sample->policy, sizeof(sample->policy), &task->policy);
 	bpf_probe_read_kernel(&sample->prio, sizeof(sample->prio), &task->prio);
 	bpf_get_current_comm(sample->comm, sizeof(sample->comm));
-	bytes = bpf_get_stack(ctx, sample->stack, sizeof(sample->stack), 0);
+	sample->serving = st->serving;
+	sample->kind = tick_kind(st, cfg, st->ticks[half], &sample->stack[0]);
+	bytes = sample->kind == TICK_ADDRESS ? sizeof(u64) : 0;
+	if (sample->kind == TICK_STACK)
+		bytes = bpf_get_stack(ctx, sample->stack, sizeof(sample->stack), 0);
 	sample->stack_bytes = bytes > 0 ? bytes : 0;
 	barrier();
 	*(volatile u64 *)&sample->time_ns = now;

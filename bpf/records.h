@@ -187,7 +187,7 @@ struct watch_config {
 	s32 steal_offset; /* struct kvm_steal_time */
 	s32 cpustat_offset; /* kernel_cpustat.cpustat[CPUTIME_STEAL] */
 	s32 softnet_offset; /* softnet_data.processed, and time_squeeze behind it */
-	u32 reserved;
+	s32 regs_offset; /* __irq_regs: where to find what the interrupt came over */
 };
 
 /* Watched threads whose pointers have one hash: one cache line. */
@@ -195,6 +195,13 @@ struct watched_bucket {
 	u64 task[BUCKET_TASKS];
 	u32 pid[BUCKET_TASKS];
 	u32 cpu[BUCKET_TASKS]; /* CPU_ANY: ask the task */
+};
+
+/* What the stack of a tick's sample is. */
+enum tick_kind {
+	TICK_STACK = 0, /* as bpf_get_stack() walked it */
+	TICK_ADDRESS = 1, /* only the address that was interrupted, in the kernel */
+	TICK_USER = 2, /* none: user code was interrupted */
 };
 
 /* What ran when a tick came. Each CPU has LOOKBACK_RINGS rings of LOOKBACK_SAMPLES of them. */
@@ -209,6 +216,8 @@ struct tick_sample {
 	u32 tid;
 	u32 policy;
 	u32 prio;
+	u32 kind; /* enum tick_kind */
+	u32 serving; /* vector in service plus 1; 0: none */
 	u32 stack_bytes;
 	char comm[COMM_LEN];
 	u64 stack[LOOKBACK_DEPTH];

@@ -105,10 +105,9 @@ _PATTERNS = _strings(
 class Detect:
     """What is watched, and when it is a stall."""
 
-    # Less than a nanosecond would become 0, which is "off" to the BPF programs.
     threshold_ms: Annotated[
         float,
-        _number(float, 0.000001, MAX_THRESHOLD_MS),
+        _number(float, 1, MAX_THRESHOLD_MS),
         "work that waits this many milliseconds is a stall",
     ] = 10.0
     vectors: Annotated[tuple[str, ...], _VECTORS, "the softirq vectors that are watched"] = tuple(

@@ -17,6 +17,7 @@ from stalld.records import (
     Source,
     StallRecord,
     TaskEntry,
+    TickKind,
     TickSample,
 )
 
@@ -32,7 +33,7 @@ _AFTER_WAITERS = _WAITER_PID + WAITERS
 _NAPI_NAME = _AFTER_WAITERS + 16
 _USER_STACK = _NAPI_NAME + 4
 TASK = struct.Struct(f"=QIIII{COMM_LEN}s")
-TICK = struct.Struct(f"=3Q8I{COMM_LEN}s{LOOKBACK_DEPTH}Q")
+TICK = struct.Struct(f"=3Q10I{COMM_LEN}s{LOOKBACK_DEPTH}Q")
 
 
 def decode(data: bytes | memoryview) -> StallRecord:
@@ -102,8 +103,12 @@ def decode_tick(data: bytes) -> TickSample:
     if len(data) != TICK.size:
         raise DecodeError(f"tick sample of {len(data)} bytes is not {TICK.size}")
     head = TICK.unpack(data)
-    *numbers, stack_bytes, comm = head[:12]
+    *numbers, kind, serving, stack_bytes, comm = head[:14]
     if stack_bytes % 8 or stack_bytes > LOOKBACK_DEPTH * 8:
         raise DecodeError(f"impossible stack size of {stack_bytes} bytes in a tick sample")
-    stack = head[12 : 12 + stack_bytes // 8]
-    return TickSample._make((*numbers, comm.split(b"\0", 1)[0], stack))
+    try:
+        known = TickKind(kind)
+    except ValueError as error:
+        raise DecodeError(f"unknown tick sample: {error}") from None
+    stack = head[14 : 14 + stack_bytes // 8]
+    return TickSample._make((*numbers, known, serving, comm.split(b"\0", 1)[0], stack))

@@ -110,6 +110,7 @@ class Detector:
             steal_offset=places.get("steal", 0),
             cpustat_offset=places.get("cpustat", 0),
             softnet_offset=places.get("softnet", 0),
+            regs_offset=places.get("regs", 0),
             tick_function=self._tick_functions,
         )
         fields = bookends.started(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stalld.enrich.stack import Trimmed
 from stalld.enrich.symbols import SymbolTable
-from stalld.records import TickSample
+from stalld.records import TickKind, TickSample
 from stalld.rings import Napi, Rings
 from stalld.state import Maps
 from stalld.track.model import Tick
@@ -37,8 +37,13 @@ class LocalHost:
 
     def explain(self, sample: TickSample) -> Tick:
         """Name the stack of a tick."""
-        stack = self._symbols.trimmed(sample.stack, "tick")
-        return Tick(sample, stack.mode, stack.frames)
+        if sample.kind is TickKind.STACK:
+            stack = self._symbols.trimmed(sample.stack, "tick")
+            return Tick(sample, stack.mode, stack.frames)
+        if sample.kind is TickKind.USER:
+            return Tick(sample, "user", ())
+        mode = "softirq" if sample.serving else "kernel" if sample.tid else "idle"
+        return Tick(sample, mode, tuple(map(self._symbols.format, sample.stack)))
 
     def serves_inline(self) -> bool | None:
         """Whether this kernel serves softirqs while ksoftirqd is runnable."""

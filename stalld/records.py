@@ -125,8 +125,19 @@ class TaskEntry(NamedTuple):
     comm: bytes
 
 
+class TickKind(enum.IntEnum):
+    """What the ``stack`` of a tick sample is: walked, one address, or none as in user code."""
+
+    STACK = 0
+    ADDRESS = 1
+    USER = 2
+
+
 class TickSample(NamedTuple):
-    """One ``struct tick_sample``: what ran on a CPU when its tick came."""
+    """One ``struct tick_sample``: what ran on a CPU when its tick came.
+
+    ``serving``: the vector in service plus 1, 0 for none.
+    """
 
     time_ns: int
     steal_ns: int
@@ -138,6 +149,8 @@ class TickSample(NamedTuple):
     tid: int
     policy: int
     prio: int
+    kind: TickKind
+    serving: int
     comm: bytes
     stack: tuple[int, ...]
 

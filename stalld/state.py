@@ -106,7 +106,7 @@ class WatchConfig(ctypes.Structure):
         ("steal_offset", ctypes.c_int32),
         ("cpustat_offset", ctypes.c_int32),
         ("softnet_offset", ctypes.c_int32),
-        ("reserved", ctypes.c_uint32),
+        ("regs_offset", ctypes.c_int32),
     )
 
 

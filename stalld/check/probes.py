@@ -96,6 +96,7 @@ def _start(probes: Probes, tick_ns: int, symbols: Symbols) -> tuple[Maps, list[I
         steal_offset=places.get("steal", 0),
         cpustat_offset=places.get("cpustat", 0),
         softnet_offset=places.get("softnet", 0),
+        regs_offset=places.get("regs", 0),
         tick_function=symbols.tick_functions,
     )
     return maps, items

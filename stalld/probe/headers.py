@@ -100,6 +100,8 @@ def write_tree(root: Path, btf: Btf) -> list[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     flags = [f"-I{root}/include", "-DSTALLD_STRUCTS_FROM_BTF"]
+    if platform.machine() == "x86_64":
+        flags.append("-DSTALLD_REGISTERS")
     flags.append(f"-DSTALLD_TASK_STATE={btf.field('task_struct', '__state', 'state').name}")
     queued = btf.field("hrtimer", "state", "is_queued").name
     flags.append(f"-DSTALLD_HRTIMER_QUEUED={queued}")
@@ -116,7 +118,8 @@ def structs(btf: Btf) -> str:
         fields = [btf.field(name, *names) for names in wanted]
         parts.append(declare(name, fields))
     if platform.machine() == "x86_64":
-        parts.append(declare("pt_regs", [btf.field("pt_regs", "flags")]))
+        fields = [btf.field("pt_regs", name) for name in ("ip", "cs", "flags")]
+        parts.append(declare("pt_regs", fields))
     return "\n".join(parts) + "\n"
 
 

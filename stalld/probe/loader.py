@@ -161,6 +161,7 @@ def percpu_places(btf: Btf) -> dict[str, int]:
     softnet = btf.percpu_offset("softnet_data", "processed")
     squeezed = btf.percpu_offset("softnet_data", "time_squeeze")
     places = {
+        "regs": btf.percpu_offset("__irq_regs"),
         "steal": steal,
         "cpustat": None if cpustat is None else cpustat + _CPUTIME_STEAL * 8,
         # The program reads both with one load.

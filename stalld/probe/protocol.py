@@ -67,7 +67,7 @@ class Description:
     Names are ``map:NAME``, ``link:HOOK``, ``iter:task`` and ``prog:nmi``. ``net_rx_action``
     is ``kfunc``, ``kprobe`` or ``softirq`` (entry and exit of NET_RX stand in).
     ``percpu`` tells where things are relative to the hrtimer of the CPU's tick:
-    ``steal``, ``cpustat`` and ``softnet``, as far as the kernel has them.
+    ``regs``, ``steal``, ``cpustat`` and ``softnet``, as far as the kernel has them.
     """
 
     structs: str

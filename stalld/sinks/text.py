@@ -57,9 +57,8 @@ def _details(event: Mapping[str, Any]) -> list[str]:
         )
     waiting = [{"comm": "ksoftirqd", **event["ksoftirqd"]}] if event["ksoftirqd"] else []
     for thread in (*waiting, *event["waiting"]):
-        lines.append(
-            f"    {safe(thread['comm'] or 'a thread')} pid {thread['pid']} waited {thread['runnable_ms']:.1f} ms"
-        )
+        whose = f"{safe(thread['comm'] or 'a thread')} pid {thread['pid']}"
+        lines.append(f"    {whose} waited {thread['runnable_ms']:.1f} ms")
     if handler:
         device = f", polling {safe(handler['device'])}" if handler["device"] else ""
         lines.append(

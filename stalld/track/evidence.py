@@ -8,7 +8,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from stalld.enrich.stack import leaves_interrupt, reaches_base
-from stalld.records import KSOFTIRQD, LOOKBACK_SAMPLES, VEC_NONE, VECTORS, Source, TickSample
+from stalld.records import (
+    KSOFTIRQD,
+    LOOKBACK_SAMPLES,
+    VEC_NONE,
+    VECTORS,
+    Source,
+    TickKind,
+    TickSample,
+)
 from stalld.rings import BACKLOG
 from stalld.track.gather import Stall
 from stalld.track.model import Blocker, Handler, Net, Observation, Tick
@@ -171,7 +179,8 @@ def main_consumer(stall: Stall) -> TickSample | None:
     if not 0 < len(inside) < LOOKBACK_SAMPLES:
         return None
     tid = Counter(tick.tid for tick in inside).most_common(1)[0][0]
-    return next(tick for tick in inside if tick.tid == tid)
+    own = [tick for tick in inside if tick.tid == tid]
+    return next((tick for tick in own if tick.kind is TickKind.STACK), own[0])
 
 
 class Culprit(NamedTuple):

@@ -116,8 +116,8 @@ class Stall:
             if tick.time_ns <= self.started_ns:
                 break
             first = tick
-        if base is None:
-            return None
+        if base is None or not last.steal_ns:
+            return None  # Nothing to go by, or a clock that is not kept.
         at_first = min(_grown(base, first), max(0, first.time_ns - self.started_ns))
         return min(at_first + _grown(first, last), self.duration_ns)
 

@@ -69,6 +69,7 @@ def ticking() -> Iterator[Rings]:
             steal_offset=places.get("steal", 0),
             cpustat_offset=places.get("cpustat", 0),
             softnet_offset=places["softnet"],
+            regs_offset=places.get("regs", 0),
             tick_function=[kallsyms.address(name) for name in TICK_FUNCTIONS],
         )
         pid = system.fork_task("ticking", CPU, spin)

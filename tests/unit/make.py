@@ -23,6 +23,7 @@ from stalld.records import (
     RecordType,
     Source,
     StallRecord,
+    TickKind,
     TickSample,
 )
 from stalld.rings import Napi, NapiSlot, Rings
@@ -59,6 +60,7 @@ def record(**changes: Any) -> StallRecord:
         "served_ns": 0,
         "steal_ns": 0,
         "net_rx_ns": 0,
+        "switched_ns": 0,
         "cgroup_id": 77,
         "wait_ns": waits(),
         "waiter_ns": waiters(),
@@ -84,7 +86,11 @@ def record(**changes: Any) -> StallRecord:
         "kernel_stack": (),
         "user_stack": (),
     }
-    return StallRecord(**(fields | changes))
+    fields |= changes
+    if fields["switches"] and "switched_ns" not in changes:
+        # It got the CPU just now, for all that is told.
+        fields["switched_ns"] = fields["time_ns"]
+    return StallRecord(**fields)
 
 
 def observation(
@@ -127,6 +133,8 @@ def tick(at_ms: float, **changes: Any) -> TickSample:
         "tid": 101,
         "policy": 0,
         "prio": 120,
+        "kind": TickKind.STACK,
+        "serving": 0,
         "comm": b"spinner",
         "stack": (0x10, 0x20),
     }

@@ -126,7 +126,7 @@ def test_configuration_is_frozen() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("detect.threshold_ms", "0.000001"),
+        ("detect.threshold_ms", "1"),
         ("detect.threshold_ms", "60000"),
         ("detect.threshold_ms", "6e4"),
         ("detect.max_samples", "1"),
@@ -463,8 +463,8 @@ def test_settings() -> None:
     """Settings give the threshold in both units, to the nanosecond."""
     assert (Settings().threshold_ms, Settings().threshold_ns) == (10.0, 10_000_000)
     assert Settings().duration_s is None
-    settings = Settings(parse(b"detect.threshold_ms = 0.000001", "F"), 3.0)
-    assert (settings.threshold_ns, settings.duration_s) == (1, 3.0)
+    settings = Settings(parse(b"detect.threshold_ms = 1.000001", "F"), 3.0)
+    assert (settings.threshold_ns, settings.duration_s) == (1_000_001, 3.0)
 
 
 def test_default_file_as_shipped() -> None:

@@ -23,6 +23,7 @@ from stalld.records import (
     Source,
     StallRecord,
     TaskEntry,
+    TickKind,
     TickSample,
 )
 from tests.unit.make import encode, encode_tick, record, tick
@@ -31,14 +32,14 @@ U32 = st.integers(0, 0xFFFFFFFF)
 U64 = st.integers(0, 0xFFFFFFFFFFFFFFFF)
 COMM = st.binary(max_size=COMM_LEN).map(lambda raw: raw.split(b"\0", 1)[0])
 # Offsets from the head's start, as bpf/records.h lays them out.
-KERNEL_BYTES, USER_BYTES = 328, 332
-TICK_STACK_BYTES = 52
+KERNEL_BYTES, USER_BYTES = 336, 340
+TICK_KIND, TICK_STACK_BYTES = 52, 60
 
 STACKS = {
     "kernel_stack": st.lists(U64, max_size=KERNEL_STACK_DEPTH).map(tuple),
     "user_stack": st.lists(U64, max_size=USER_STACK_DEPTH).map(tuple),
 }
-WIDE = "time_ns started_ns late_ns served_ns steal_ns net_rx_ns cgroup_id"
+WIDE = "time_ns started_ns late_ns served_ns steal_ns net_rx_ns switched_ns cgroup_id"
 NARROW = (
     "cpu seq tgid tid task_flags policy prio serving_vec served_vec switches sample_nr lost "
     "net_rx_runs processed squeezed napi_ifindex napi_work napi_budget"
@@ -179,7 +180,8 @@ TICKS = st.builds(
     comm=COMM,
     **dict.fromkeys(("time_ns", "steal_ns", "net_rx_ns"), U64),
     **dict.fromkeys(("net_rx_runs", "processed", "squeezed"), U32),
-    **dict.fromkeys(("tgid", "tid", "policy", "prio"), U32),
+    **dict.fromkeys(("tgid", "tid", "policy", "prio", "serving"), U32),
+    kind=st.sampled_from(TickKind),
 )
 
 
@@ -208,6 +210,14 @@ def test_impossible_tick_stacks(size: int) -> None:
     raw = bytearray(encode_tick(tick(0)))
     struct.pack_into("=I", raw, TICK_STACK_BYTES, size)
     with pytest.raises(DecodeError, match=f"impossible stack size of {size} bytes"):
+        decode_tick(bytes(raw))
+
+
+def test_unknown_kind_of_tick() -> None:
+    """A kind that bpf/records.h does not know is refused and named."""
+    raw = bytearray(encode_tick(tick(0)))
+    struct.pack_into("=I", raw, TICK_KIND, 9)
+    with pytest.raises(DecodeError, match="9 is not a valid TickKind"):
         decode_tick(bytes(raw))
 
 

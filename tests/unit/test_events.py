@@ -357,7 +357,7 @@ class TestLookback:
         """Of a deep stack the innermost frames are shown, yet all of them tell ticks apart."""
         deep = [f"f{n}+0x1" for n in range(48)]
         entries = self.entries(self.seen(-8, *deep, "x+0x1"), self.seen(-4, *deep, "y+0x1"))
-        assert [entry["stack"] for entry in entries] == [deep[:12], deep[:12]]
+        assert [entry["stack"] for entry in entries] == [deep[:10], deep[:10]]
 
     def test_user_mode(self) -> None:
         """It has no stack."""

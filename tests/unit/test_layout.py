@@ -213,6 +213,7 @@ def test_every_enumerator(compiled: dict[str, int]) -> None:
         return {f"{prefix}_{value.name}": value.value for value in values}
 
     wanted = spelled("RECORD", records.RecordType) | spelled("SOURCE", records.Source)
+    wanted |= spelled("TICK", records.TickKind)
     wanted["SOURCE_COUNT"] = len(records.Source)
     assert wanted == {name: compiled[name] for name in _enumerators()}
 

@@ -221,6 +221,6 @@ class TestPerCpu:
         cpustat = btf.percpu_offset("kernel_cpustat", "cpustat")
         assert cpustat is not None
         assert places["cpustat"] == cpustat + 7 * 8 - timer
-        assert set(places) <= {"steal", "cpustat", "softnet"}
+        assert set(places) <= {"regs", "steal", "cpustat", "softnet"}
         # They go into 32-bit settings.
         assert all(place and -(1 << 31) <= place < 1 << 31 for place in places.values())

@@ -123,7 +123,7 @@ STOLEN: dict[str, tuple[list[TickSample], list[Observation], float | None]] = {
         [sample(1, 12, steal_ns=stolen(0)), close(1, 30, steal_ns=stolen(15))],
         15,
     ),
-    "no clock": ([tick(-2), tick(4)], [sample(1, 30)], 0),
+    "no clock": ([tick(-2), tick(4)], [sample(1, 30)], None),
     "some before the begin: not more than the stall lasted": (
         [tick(-4, steal_ns=stolen(0))],
         [close(0, 12, steal_ns=stolen(15))],
