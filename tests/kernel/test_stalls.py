@@ -9,7 +9,7 @@ import pytest
 
 from tests.injector import Injector, Kind, KsoftirqdTruth, Mode, Pressure, Truth
 from tests.kernel.daemon import STALLED_CPU as CPU
-from tests.kernel.daemon import THRESHOLD_MS, Daemon, Event, monotonic_ns
+from tests.kernel.daemon import THRESHOLD_MS, Daemon, Event
 
 pytestmark = pytest.mark.kernel
 

@@ -9,7 +9,7 @@ import pytest
 
 from stalld.enrich.stack import Mode, Trimmed
 from stalld.host import LocalHost, below, is_virtual
-from stalld.records import NAPI_SLOTS
+from stalld.records import NAPI_SLOTS, TickKind
 from stalld.rings import NapiSlot, Polled
 from stalld.track.model import Host
 from tests.unit import make
@@ -27,7 +27,11 @@ class Symbols:
     def trimmed(self, addresses: tuple[int, ...], kind: str) -> Trimmed:
         """Cuts nothing."""
         self.asked.append((addresses, kind))
-        return Trimmed(tuple(f"f{a:x}+0x1" for a in addresses), "kernel", True, 0, len(addresses))
+        return Trimmed(tuple(map(self.format, addresses)), "kernel", True, 0, len(addresses))
+
+    def format(self, address: int) -> str:
+        """Any address."""
+        return f"f{address:x}+0x1"
 
 
 class Made:
@@ -74,6 +78,24 @@ def test_explain() -> None:
     found = made.host.explain(tick(5, stack=(1, 2)))
     assert found == (tick(5, stack=(1, 2)), "kernel", ("f1+0x1", "f2+0x1"))
     assert made.symbols.asked == [((1, 2), "tick")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "mode", "frames"),
+    [
+        ({"kind": TickKind.USER, "stack": ()}, "user", ()),
+        ({"kind": TickKind.ADDRESS, "stack": (7,)}, "kernel", ("f7+0x1",)),
+        ({"kind": TickKind.ADDRESS, "stack": (7,), "serving": 4}, "softirq", ("f7+0x1",)),
+        ({"kind": TickKind.ADDRESS, "stack": (7,), "tid": 0}, "idle", ("f7+0x1",)),
+    ],
+)
+def test_explain_without_a_walk(
+    changes: dict[str, Any], mode: str, frames: tuple[str, ...]
+) -> None:
+    """User code has no stack; of the kernel the address is named, and what was in service."""
+    made = Made()
+    assert made.host.explain(tick(5, **changes))[1:] == (mode, frames)
+    assert made.symbols.asked == []
 
 
 def test_serves_inline() -> None:

@@ -57,6 +57,13 @@ def table(tmp_path: Path) -> Kallsyms:
     return load(tmp_path, CORE + MODULES)
 
 
+def test_address(table: Kallsyms) -> None:
+    """The address of a name; 0 for one that is not there, nor part of another."""
+    assert table.address(b"read_zero") == 0xFFFFFFFF81000110
+    assert table.address(b"poll") == 0xFFFFFFFFC0001000
+    assert table.address(b"read_zer") == table.address(b"no_such_function") == 0
+
+
 @pytest.mark.parametrize(
     ("address", "text"),
     [

@@ -60,6 +60,11 @@ STUCK: dict[str, tuple[list[Observation], int]] = {
         [sample(1, 20, switches=3), sample(2, 35, switches=3)],
         15,
     ),
+    "switched once, soon after the begin": (
+        [sample(1, 12, switches=1, switched_ns=T0 + MS)],
+        11,
+    ),
+    "a switch before the begin": ([sample(1, 12, switched_ns=T0 - 5 * MS)], 12),
     "a switch between": ([sample(1, 20, switches=3), sample(2, 35, switches=4)], 0),
     "another task": ([sample(1, 12, tid=1), sample(2, 35, tid=2, switches=1)], 12),
     "user mode between": (
@@ -294,3 +299,14 @@ def test_nobody_without_records() -> None:
     assert evidence.main_observation(given) is None
     assert evidence.main_consumer(given) is None
     assert evidence.longest_handler(given, THRESHOLD) is None
+
+
+def test_a_walk_that_ended_early() -> None:
+    """A stack that does not reach the task's base stands behind one that does."""
+    whole = ("spin+0x10", "do_syscall_64+0x5", "entry_SYSCALL_64_after_hwframe+0x76")
+    given = stall(
+        sample(1, 12, frames=whole), sample(2, 60, frames=("__x86_indirect_thunk_rax+0x6",))
+    )
+    found = evidence.main_observation(given)
+    assert found is not None
+    assert found.frames == whole
