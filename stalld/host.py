@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from stalld.enrich.stack import Trimmed
 from stalld.enrich.symbols import SymbolTable
 from stalld.records import TickKind, TickSample
 from stalld.rings import Napi, Rings
@@ -56,15 +55,6 @@ class LocalHost:
         accounted too late, and some keep none.
         """
         return not self._virtual or self._maps.cpus[cpu].steal_version != 0
-
-
-def below(stack: Trimmed, tid: int) -> str | None:
-    """What a softirq or interrupt came over: kernel, user or idle; None where it was none."""
-    if stack.mode not in ("softirq", "hardirq"):
-        return None
-    if not tid:
-        return "idle"
-    return "kernel" if len(stack.frames) > stack.own else "user"
 
 
 def is_virtual(proc: str = "/proc", sys: str = "/sys") -> bool:

@@ -132,6 +132,10 @@ def detached(fd: int) -> bool:
     return os.read(fd, _READ_BYTES)[8:] == os.read(fd, _READ_BYTES)[8:]
 
 
+NMI_HZ = 200
+"""How often the NMI sampler looks at a busy CPU."""
+
+
 class SamplerError(StalldError):
     """No program can be run off a counter of the CPUs; the message says why and what to do."""
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from stalld import events
 from stalld.decode import decode
-from stalld.enrich.stack import Kind
+from stalld.enrich.stack import Kind, below
 from stalld.enrich.symbols import SymbolTable
 from stalld.errors import DecodeError
-from stalld.host import below
 from stalld.records import RecordType, Source, StallRecord
 from stalld.sinks.emitter import Emitter
 from stalld.state import StallState

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import resource
 import signal
 import time
 from collections.abc import Collection
@@ -17,7 +18,7 @@ from stalld.detector import Detector
 from stalld.enrich.kallsyms import Kallsyms
 from stalld.enrich.ksymbols import KsymbolError, KsymbolFeed
 from stalld.errors import DecodeError, StalldError
-from stalld.perf import NmiSampler, SamplerError
+from stalld.perf import NMI_HZ, NmiSampler, SamplerError
 from stalld.probe.client import Probes, load_probes
 from stalld.probe.protocol import NMI_SAMPLER, NO_NMI
 from stalld.reader import PerfReader, online_cpus
@@ -34,8 +35,6 @@ COUNTED_AFTER_NS = 1_100_000_000
 """The kernel limits stalls by the second: what it kept back is counted by then."""
 HOTPLUG_LOOKS_S = (0.05, 0.2, 0.5, 1.0, 3.0)
 """When to look again, each after the one before: the kernel tells of the first step only."""
-NMI_HZ = 200
-"""The threshold divided by this is how much later than it an NMI may come."""
 
 
 class Service:
@@ -69,6 +68,9 @@ class Service:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
+        # Some descriptors for each CPU: more than 1024 on a large machine.
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopped.set)
         started_ns = time.monotonic_ns()

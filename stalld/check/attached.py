@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from stalld.check.report import Item, State
-from stalld.perf import NmiSampler, SamplerError
+from stalld.perf import NMI_HZ, NmiSampler, SamplerError
 from stalld.probe.client import Probes
 from stalld.probe.protocol import NMI_SAMPLER, NO_NMI, Description, Missing
 from stalld.reader import online_cpus
-from stalld.service import NMI_HZ
 
 NET_RX_ACTION = "net_rx_action"
 TASK_ITERATOR = "task iterator"

@@ -177,6 +177,15 @@ def trim(names: Sequence[str], kind: Kind = "tick") -> Trimmed:
     return Trimmed(tuple(names[end:]), mode, True, end, own)
 
 
+def below(stack: Trimmed, tid: int) -> str | None:
+    """What a softirq or interrupt came over: kernel, user or idle; None where it was none."""
+    if stack.mode not in ("softirq", "hardirq"):
+        return None
+    if not tid:
+        return "idle"
+    return "kernel" if len(stack.frames) > stack.own else "user"
+
+
 def is_entry(name: str) -> bool:
     """Whether `name` is where an interrupt or exception came in.
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from stalld.enrich.stack import Mode, Trimmed
-from stalld.host import LocalHost, below, is_virtual
+from stalld.enrich.stack import Mode, Trimmed, below
+from stalld.host import LocalHost, is_virtual
 from stalld.records import NAPI_SLOTS, TickKind
 from stalld.rings import NapiSlot, Polled
 from stalld.track.model import Host
