@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from stalld.enrich.stack import leaves_interrupt, reaches_base
@@ -64,7 +64,7 @@ def weigh(
         waited=max(waits) >= threshold_ns,
         ksoftirqd_runnable=stall.ksoftirqd_wait_ns > 0,
         serves_inline=serves_inline,
-        stuck=longest_in_kernel_ns(during, closing)
+        stuck=longest_in_kernel_ns(during, closing, stall.user_ticks_ns())
         >= max(threshold_ns, stall.duration_ns / STUCK_PART),
         user=any(o.task_mode == "user" for o in (*stall.observations, *gave_way)),
         others=stall.switches > 0 or len({o.record.tid for o in during}) > 1,
@@ -89,11 +89,14 @@ def enabled_interrupts(observation: Observation) -> bool:
     return _ENABLES_INTERRUPTS.fullmatch(name) is not None
 
 
-def longest_in_kernel_ns(during: list[Observation], closing: Observation | None) -> int:
+def longest_in_kernel_ns(
+    during: list[Observation], closing: Observation | None, user_ns: Sequence[int] = ()
+) -> int:
     """How long one task stayed in the kernel, for all that the samples show.
 
     A task has had the CPU since the last context switch, or since the stall began; two
-    samples of it with no switch between them show that it had it all the time.
+    samples of it with no switch between them show that it had it all the time. It was in
+    the kernel since the last tick that found user code (``user_ns``).
     """
     longest = 0
     since = 0
@@ -108,6 +111,7 @@ def longest_in_kernel_ns(during: list[Observation], closing: Observation | None)
             continue
         if not same:
             since = max(record.started_ns, record.switched_ns)
+        since = max((since, *(at for at in user_ns if at <= record.time_ns)))
         longest = max(longest, record.time_ns - since)
         before = now
     if before and closing and closing.record.switches == before.record.switches:

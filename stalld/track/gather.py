@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from stalld.records import KSOFTIRQD, VECTORS, WAITERS, RecordType, Source, StallRecord, TickSample
+from stalld.records import (
+    KSOFTIRQD,
+    VECTORS,
+    WAITERS,
+    RecordType,
+    Source,
+    StallRecord,
+    TickKind,
+    TickSample,
+)
 from stalld.rings import Napi
 from stalld.state import StallState
 from stalld.track.model import Observation
@@ -90,6 +99,17 @@ class Stall:
     def ticks_inside(self) -> list[TickSample]:
         """The ticks of the stall that the ring still held at the last look."""
         return [t for t in self.meanwhile if self.started_ns < t.time_ns <= self.last_ns]
+
+    def user_ticks_ns(self) -> list[int]:
+        """When ticks of the stall found user code, as far as the rings tell."""
+        found = []
+        for kept in (self.before, self.meanwhile):
+            for tick in reversed(kept):
+                if tick.time_ns <= self.started_ns:
+                    break  # What was before is not even decoded.
+                if tick.kind is TickKind.USER:
+                    found.append(tick.time_ns)
+        return found
 
     def last_tick_before(self) -> TickSample | None:
         """The newest tick that came before the stall, if the ring still has it."""

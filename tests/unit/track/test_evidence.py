@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from stalld.records import RecordType, Source
+from stalld.records import RecordType, Source, TickKind
 from stalld.rings import Polled
 from stalld.track import evidence
 from stalld.track.evidence import (
@@ -299,6 +299,14 @@ def test_nobody_without_records() -> None:
     assert evidence.main_observation(given) is None
     assert evidence.main_consumer(given) is None
     assert evidence.longest_handler(given, THRESHOLD) is None
+
+
+@pytest.mark.parametrize(("at_ms", "ms"), [((), 30), ((4, 8), 22), ((4, 36), 26), ((-4,), 30)])
+def test_user_code_between_the_samples(at_ms: tuple[int, ...], ms: int) -> None:
+    """A tick that found user code ends the time in the kernel; one before the stall does not."""
+    records = [sample(1, 12), sample(2, 30)]
+    given = stall(*records, meanwhile=[tick(at, kind=TickKind.USER, stack=()) for at in at_ms])
+    assert longest_in_kernel_ns(records, None, given.user_ticks_ns()) == ms * MS
 
 
 def test_a_walk_that_ended_early() -> None:
