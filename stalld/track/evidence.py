@@ -14,6 +14,7 @@ from stalld.records import (
     VEC_NONE,
     VECTORS,
     Source,
+    StallRecord,
     TickKind,
     TickSample,
 )
@@ -250,20 +251,31 @@ def blocker_at(tick: Tick) -> Blocker:
     )
 
 
-def net_of(stall: Stall) -> Net:
-    """What the CPU did for the network during the stall."""
+def net_of(stall: Stall, near_ns: int) -> Net:
+    """What the CPU did for the network during the stall.
+
+    Args:
+        near_ns: a tick that came longer before the stall tells of another time: an idle
+            CPU has none, and on a busy one the ring may have gone on.
+    """
     last = stall.last_record
-    base = stall.last_tick_before() or (
-        stall.observations[0].record if stall.observations else last
-    )
-    if last is None or base is None:
+    tick = stall.last_tick_before()
+    if last is None:
         return Net(0, 0, None, None, stall.polled)
+    base: TickSample | StallRecord = last
+    served_ns = 0
+    if tick is not None and tick.time_ns >= stall.started_ns - near_ns:
+        base = tick
+    elif stall.observations:
+        base = stall.observations[0].record
+        # The handler that runs now belongs to the stall as a whole.
+        served_ns = base.served_ns if base.serving_vec == _NET_RX else 0
 
     # 0: the kernel's counters cannot be read, or there was never a packet.
     known = last.processed > 0
     return Net(
         (last.net_rx_runs - base.net_rx_runs) & _U32,
-        max(0, last.net_rx_ns - base.net_rx_ns),
+        max(0, last.net_rx_ns - base.net_rx_ns + served_ns),
         (last.processed - base.processed) & _U32 if known else None,
         (last.squeezed - base.squeezed) & _U32 if known else None,
         stall.polled,
@@ -273,11 +285,14 @@ def net_of(stall: Stall) -> Net:
 def lookback(
     stall: Stall, explain: Callable[[TickSample], Tick], reach_ns: int
 ) -> tuple[Tick, ...]:
-    """What ran in the ``reach_ns`` before the stall, oldest first."""
-    oldest_ns = stall.started_ns - reach_ns
-    return tuple(
-        explain(tick) for tick in stall.before if oldest_ns <= tick.time_ns <= stall.started_ns
-    )
+    """What ran in the ``reach_ns`` before the stall, oldest first: the last 64 ticks."""
+    kept: list[TickSample] = []
+    for tick in reversed(stall.before):
+        if tick.time_ns < stall.started_ns - reach_ns or len(kept) == LOOKBACK_SAMPLES:
+            break
+        if tick.time_ns <= stall.started_ns:
+            kept.append(tick)
+    return tuple(map(explain, reversed(kept)))
 
 
 def path(frames: tuple[str, ...]) -> tuple[str, ...]:

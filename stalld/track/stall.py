@@ -38,6 +38,7 @@ class Tracker:
         self.threshold_ns = threshold_ns
         # An idle CPU stops its tick, so its ring goes back further than that.
         self._reach_ns = 2 * LOOKBACK_SAMPLES * max(tick_ns, RING_PERIOD_NS)
+        self._near_ns = 2 * tick_ns
         self._host = host
         self._open: dict[int, Stall] = {}
         self._last_seq: dict[int, int] = {}
@@ -165,7 +166,7 @@ class Tracker:
             user_stack=culprit.user_stack,
             captured=culprit.captured,
             lookback=None if first else evidence.lookback(stall, host.explain, self._reach_ns),
-            net=evidence.net_of(stall),
+            net=evidence.net_of(stall, self._near_ns),
             nmi=culprit.seen is not None and culprit.seen.record.source is Source.NMI,
             samples=len(stall.observations),
             expected=max(stall.expected, len(stall.observations)),

@@ -14,7 +14,6 @@ from stalld.track.evidence import (
     enabled_interrupts,
     longest_in_kernel_ns,
     lookback,
-    net_of,
     path,
     weigh,
 )
@@ -41,6 +40,11 @@ def stall(*observations: Observation, **changes: Any) -> Stall:
     for each in observations:
         given.take(each)
     return given
+
+
+def net_of(given: Stall) -> Net:
+    """What it did for the network, with ticks of 4 ms."""
+    return evidence.net_of(given, 8 * MS)
 
 
 def weighed(*observations: Observation, **changes: Any) -> Evidence:
@@ -277,6 +281,25 @@ class TestNet:
         assert net_of(given).napi is None
         given.polled = {(2, b"eth0"): Polled(2, 64, 1)}
         assert net_of(given).napi == {(2, b"eth0"): (2, 64, 1)}
+
+
+def test_the_newest_ticks_before() -> None:
+    """Of all the ticks kept, the last 64 before the stall are told."""
+    given = stall(before=[tick(4 * nr) for nr in range(-128, 3)])
+    found = lookback(given, MadeHost().explain, 1000 * MS)
+    assert [each.sample for each in found] == [tick(4 * nr) for nr in range(-63, 1)]
+
+
+def test_a_tick_of_another_time() -> None:
+    """A last tick long ago is no base: then the first sample is, with the handler it ran in."""
+    old = tick(-400, net_rx_runs=1, net_rx_ns=0, processed=1)
+    in_service = {"serving_vec": 3, "served_ns": 12 * MS, "net_rx_ns": 50 * MS}
+    given = stall(
+        sample(1, 12, net_rx_runs=900, processed=900, **in_service),
+        close(1, 40, net_rx_runs=901, net_rx_ns=78 * MS, processed=910),
+        before=[old],
+    )
+    assert net_of(given) == Net(1, 40 * MS, 10, 0, None)
 
 
 def test_lookback() -> None:
