@@ -60,17 +60,20 @@ int handle_softirq_entry(struct bpf_raw_tracepoint_args *ctx)
 int handle_softirq_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
+	u64 now = 0;
 
 	if (!st)
 		return 0;
 	st->serving = 0;
 #ifndef NET_RX_ACTION_TRACED
-	if ((u32)ctx->args[0] == VEC_NET_RX)
-		net_rx_left(st, bpf_ktime_get_ns() - st->serving_since);
+	if ((u32)ctx->args[0] == VEC_NET_RX) {
+		now = bpf_ktime_get_ns();
+		net_rx_left(st, now - st->serving_since);
+	}
 #endif
 	/* Was the stall that was seen meanwhile this handler? */
 	if (st->active)
-		record(ctx, st, SOURCE_EXIT, 0, 0, bpf_ktime_get_ns());
+		record(ctx, st, SOURCE_EXIT, 0, 0, now ? now : bpf_ktime_get_ns());
 	return 0;
 }
 
