@@ -54,7 +54,31 @@ static __always_inline void wait_begins(struct cpu_state *st, u64 task, u32 pid,
 	st->waiting |= 1 << slot;
 }
 
+/* Where in its bucket a woken task stands; BUCKET_TASKS: it is not watched. */
+static __always_inline u32 bucket_place(struct watched_bucket *bucket, u64 task)
+{
+	u32 place;
+
+#pragma unroll
+	for (place = 0; place < BUCKET_TASKS; place++) {
+		if (bucket->task[place] == task)
+			break;
+	}
+	return place;
+}
+
 int handle_sched_wakeup(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 hash = ctx->args[0] * HASH_FACTOR >> (64 - WATCHED_BITS);
+	struct watched_bucket *bucket = watched.lookup(&hash);
+
+	/* Most are empty: their first place is. */
+	if (bucket && bucket->task[0] && bucket_place(bucket, ctx->args[0]) < BUCKET_TASKS)
+		tails.call(ctx, TAIL_WAKEUP);
+	return 0;
+}
+
+int handle_watched_wakeup(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 task = ctx->args[0];
 	u32 hash = task * HASH_FACTOR >> (64 - WATCHED_BITS);
@@ -64,14 +88,9 @@ int handle_sched_wakeup(struct bpf_raw_tracepoint_args *ctx)
 
 	if (!bucket)
 		return 0;
-#pragma unroll
-	for (place = 0; place < BUCKET_TASKS; place++) {
-		if (bucket->task[place] == task)
-			break;
-	}
-	if (place == BUCKET_TASKS)
+	place = bucket_place(bucket, task);
+	if (place >= BUCKET_TASKS)
 		return 0;
-
 	place &= BUCKET_TASKS - 1;
 	pid = bucket->pid[place];
 	if (!is_pid((struct task_struct *)task, pid)) {
@@ -153,15 +172,21 @@ static __always_inline u32 waiter_of(struct cpu_state *st, u64 task)
 int handle_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
+
+	if (st && (st->waiting | st->active | st->running))
+		tails.call(ctx, TAIL_SWITCH);
+	return 0;
+}
+
+int handle_watched_switch(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct cpu_state *st = this_cpu_state();
 	struct waiter *waiter;
 	u32 slot, pid = 1;
 	u64 next, now, since;
 
 	if (!st)
 		return 0;
-	if (!(st->waiting | st->active | st->running))
-		return 0;
-
 	if (st->running) {
 		if (st->running == ctx->args[1] && still_runnable(ctx))
 			wait_begins(st, st->running, st->running_pid, bpf_ktime_get_ns());

@@ -21,8 +21,11 @@ BPF_F_TABLE("array", u32, struct napi_slot, napis, NR_CPUS *NAPI_SLOTS, BPF_F_MM
 /* One slot per source: a tick may interrupt softirq_entry's record. */
 BPF_PERCPU_ARRAY(scratch, struct stall_record, SOURCE_COUNT);
 BPF_PERF_OUTPUT(events);
-/* handle_record in record.c: all that is rare, so that the rest stays short. */
-BPF_PROG_ARRAY(tails, 1);
+/* All that is rare, so that the rest stays short: filled by stalld/probe/loader.py. */
+#define TAIL_RECORD 0
+#define TAIL_WAKEUP 1
+#define TAIL_SWITCH 2
+BPF_PROG_ARRAY(tails, 3);
 
 static __always_inline struct cpu_state *this_cpu_state(void)
 {
@@ -214,6 +217,6 @@ static __always_inline void record(void *ctx, struct cpu_state *st, u32 source, 
 	/* Whom a tick interrupted gets its turn back when the tick's is over. */
 	rec->source = st->source;
 	st->source = source;
-	tails.call(ctx, 0);
+	tails.call(ctx, TAIL_RECORD);
 	st->source = rec->source;
 }

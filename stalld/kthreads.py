@@ -133,6 +133,13 @@ class Watched:
             bucket.pid[free[0]] = task.pid
             bucket.cpu[free[0]] = _cpu(task)
             bucket.task[free[0]] = pointer
+        for bucket in self._buckets:
+            if not bucket.task[0] and any(bucket.task):
+                # The kernel looks no further than an empty first place.
+                last = max(place for place, other in enumerate(bucket.task) if other)
+                bucket.pid[0], bucket.cpu[0] = bucket.pid[last], bucket.cpu[last]
+                bucket.task[0] = bucket.task[last]
+                bucket.task[last] = 0
 
 
 def _cpu(task: TaskEntry) -> int:

@@ -62,6 +62,9 @@ OPTIONAL = {
 }
 """Hooks the service can do without, and what that means."""
 
+TAILS = ("handle_record", "handle_watched_wakeup", "handle_watched_switch")
+"""What the others end in when there is something to do: TAIL_* of ``bpf/state.h``."""
+
 MAPS = ("cpus", "config", "events", "watched", "rings", "napis", "tails")
 """Of the last the daemon has no use, but the kernel empties it when nobody holds it."""
 
@@ -213,8 +216,9 @@ def _build(
         fds |= _attach_net_rx_action(bpf, how, attached)
     if btf is not None:
         fds["iter:task"] = _task_iterator(bpf, attached, missing)
-    tail = _load_program(bpf, "handle_record", bpf.RAW_TRACEPOINT, "records")
-    _put(fds["map:tails"], 0, tail.fd)
+    for index, program in enumerate(TAILS):
+        tail = _load_program(bpf, program, bpf.RAW_TRACEPOINT, program)
+        _put(fds["map:tails"], index, tail.fd)
     if nmi:
         fds["prog:nmi"] = os.dup(_load_program(bpf, "handle_nmi", bpf.PERF_EVENT, "the NMI").fd)
     for hook in request.hooks or PROGRAMS:
