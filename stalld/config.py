@@ -130,7 +130,9 @@ class Detect:
         int, _number(int, 1, 64), "at most so many stack samples are taken of one stall"
     ] = 16
     lookback: Annotated[
-        bool, _SWITCH, "a stack of every tick of a busy CPU is kept, to tell what ran before"
+        bool,
+        _SWITCH,
+        "what runs at every tick of a busy CPU is kept, to tell what ran before a stall",
     ] = True
     nmi_sampler: Annotated[
         bool, _SWITCH, "stacks are sampled while interrupts are off too, where there is a PMU"
