@@ -12,14 +12,11 @@ int handle_cpuhp_enter(struct bpf_raw_tracepoint_args *ctx)
 	u32 target = (u32)ctx->args[1] + 1;
 	struct stall_record *rec = scratch.lookup(&source);
 	struct cpu_state *st = cpus.lookup(&cpu);
-	int i;
 
 	if (!st || !rec)
 		return 0;
 	__builtin_memset(st->raised, 0, sizeof(st->raised));
-	for (i = 0; i < WAITERS; i++)
-		st->waiters[i].since_ns = 0;
-	st->waiting = 0;
+	forget_waiters(st);
 	st->running = 0;
 	st->serving = 0;
 	st->net_rx_since = 0;

@@ -92,13 +92,19 @@ static __always_inline u64 oldest_overdue(struct cpu_state *st, struct watch_con
 	return oldest >= cfg->threshold_ns ? oldest : 0;
 }
 
-static __always_inline void nobody_waits(struct cpu_state *st)
+static __always_inline void forget_waiters(struct cpu_state *st)
 {
 	int i;
 
 	for (i = 0; i < WAITERS; i++)
 		st->waiters[i].since_ns = 0;
 	st->waiting = 0;
+}
+
+/* The CPU is idle, so whatever was thought to wait does not. */
+static __always_inline void nobody_waits(struct cpu_state *st)
+{
+	forget_waiters(st);
 	st->missed++;
 }
 
