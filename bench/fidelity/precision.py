@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from bench.fidelity.judge import Judgement
 from bench.fidelity.truth import EXPECTED, TOLERATED, Injected, Run, Said, Span, Steal
+from stalld.track.verdict import Verdict
 
 
 class Reason(StrEnum):
@@ -61,9 +62,13 @@ def _stand(run: Run, said: Said, counted: bool) -> Standing:
     if counted:
         return Standing(said, Reason.COUNTED, stall, False)
     half_ns = said.span.length_ns / 2
+    waits = [Span(w.woken_ns, w.ran_ns) for w in run.waits if w.ran_ns is not None]
     if stall and stall.span.overlap(said.span) >= half_ns:
+        # ksoftirqd may wait behind others before, and so into, a stall that does not count.
+        contended = said.verdict is Verdict.CPU_CONTENTION and _covered(said.span, waits, half_ns)
+        if contended and not fits(said, stall):
+            return Standing(said, Reason.KSOFTIRQD, stall, False)
         return Standing(said, Reason.INJECTED, stall, not fits(said, stall))
-    waits = (Span(w.woken_ns, w.ran_ns) for w in run.waits if w.ran_ns is not None)
     pings = (Span(p.send_ns, p.send_ns + p.rtt_ns) for p in run.probes if p.rtt_ns is not None)
     reason = Reason.NONE
     if _covered(said.span, waits, half_ns):

@@ -47,6 +47,21 @@ def test_injected_without_effect(changes: dict[str, Any], accused: bool) -> None
 
 
 @pytest.mark.parametrize(
+    ("verdict", "waited", "accused"),
+    [
+        ("cpu_contention", wait(1038, 1060), False),
+        ("cpu_contention", wait(1051, 1060), True),
+        ("stuck_in_kernel", wait(1038, 1060), True),
+    ],
+)
+def test_contention_beside_an_injected_stall(verdict: str, waited: Any, accused: bool) -> None:
+    """ksoftirqd was seen to wait then: told as contention that stands; kernel code is no answer."""
+    tellings = [said(1040, 1060, verdict=verdict, tid=7)]
+    standing = only([injected(Kind.PREEMPT_OFF)], tellings, waits=[waited])
+    assert standing.accused is accused
+
+
+@pytest.mark.parametrize(
     ("witness", "reason"),
     [
         ({"waits": [wait(2009, 2020)]}, Reason.KSOFTIRQD),
