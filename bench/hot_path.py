@@ -34,7 +34,6 @@ from stalld.probe.loader import HOOKS, PROGRAMS, open_btf
 
 HERE = Path(__file__).parents[1]
 _BPF_STATS_RUN_TIME = 0
-_READY_S = 60.0
 CPU = 1
 
 Cost = dict[str, tuple[int, int]]

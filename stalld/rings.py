@@ -50,8 +50,6 @@ class Polled(NamedTuple):
 Napi = Mapping[tuple[int, bytes], Polled]
 """(ifindex, name) → what was polled; (0, b"") is what found no place in the table."""
 BACKLOG = b"backlog"
-_UNTRACKED = (0, b"")
-_NONE = Polled(0, 0, 0)
 
 
 class Ticks(Sequence[TickSample]):

@@ -115,4 +115,5 @@ def test_a_napi_thread_waits(napi_thread: NapiThread) -> None:
         assert resolved["verdict"] == "stuck_in_kernel"
         assert resolved["blocker"]["tid"] == truth.tid
         assert resolved["evidence"]["ended"] == "record"
+    assert daemon.events[-1]["missed_services"] == 0
     assert any(n["device"] == "napi-in" and n["polls"] for n in daemon.events[-1]["napi"])

@@ -209,7 +209,7 @@ def test_softirq_hog(daemon: Daemon, tick_ms: float) -> None:
         assert handler["service_ms"] == pytest.approx(truth.duration_ms, abs=1)
         assert handler["device"]
         assert 1 <= handler["work"] <= handler["budget"]
-        assert resolved["net"]["net_rx_ms"] >= handler["service_ms"] - 0.1
+        assert resolved["net"]["net_rx_ms"] >= handler["service_ms"]
         assert resolved["net"]["packets"] >= 1
         # Longer than netdev_budget_usecs.
         assert resolved["net"]["time_squeeze"] >= 1
