@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,7 +61,8 @@ def test_off_and_on(set_online: SetOnline) -> None:
             set_online(True)
             time.sleep(SETTLED_S)
             hotplug = daemon.stalls()[seen:]
-            assert [e for e in hotplug if e["verdict"] not in ("unknown", "vcpu_preempted")] == []
+            accused = [e for e in hotplug if e["verdict"] not in ("unknown", "vcpu_preempted")]
+            assert accused == [], json.dumps(accused)
             check_stalls(daemon)
         assert daemon.started["kthreads"] >= 2
     assert daemon.events[-1]["event"] == "stopped"
