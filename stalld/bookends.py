@@ -35,6 +35,7 @@ def started(
     tick_ns: int,
     hidden: bool,
     missing: list[events.Event],
+    sinks: list[str],
 ) -> events.Event:
     """The ``started`` event.
 
@@ -43,6 +44,7 @@ def started(
         kthreads: how many threads are.
         hidden: the kernel hides its addresses.
         missing: what the daemon itself had to do without.
+        sinks: where events go.
     """
     attached = {item.hook for item in description.attached}
     ticks = any(maps.config.tick_function)
@@ -68,11 +70,14 @@ def started(
         "attached": [f"{item.hook} ({item.how})" for item in description.attached],
         "missing": lacks,
         "serves_inline": maps.serves_inline(),
+        "sinks": sinks,
     }
 
 
-def stopped(pipeline: Pipeline, maps: Maps, rings: Rings, uptime_ns: int) -> events.Event:
-    """The ``stopped`` event: totals of the run."""
+def stopped(
+    pipeline: Pipeline, maps: Maps, rings: Rings, uptime_ns: int, sinks: list[events.Event]
+) -> events.Event:
+    """The ``stopped`` event: totals of the run; ``sinks``: what became of all events."""
     return {
         "uptime_ms": events.milliseconds(uptime_ns),
         "stalls": pipeline.stalls,
@@ -88,4 +93,5 @@ def stopped(pipeline: Pipeline, maps: Maps, rings: Rings, uptime_ns: int) -> eve
         "net_rx_max_ms": events.milliseconds(max(s.net_rx_max_ns for s in maps.cpus)),
         "napi": events.napi(rings.napi_totals()),
         "serves_inline": maps.serves_inline(),
+        "sinks": sinks,
     }

@@ -6,15 +6,15 @@ import argparse
 import math
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
 from stalld import __version__
-from stalld.config import DEFAULT_PATH, MAX_THRESHOLD_MS, Settings, load
+from stalld.config import DEFAULT_PATH, DEFAULT_SOCKET, MAX_THRESHOLD_MS, Settings, load
 from stalld.errors import ConfigError, StalldError, UsageError
+from stalld.live_filter import EVENTS, MAX_CPU, MAX_PATTERN, VERDICTS, Filter
+from stalld.live_request import MAX_HISTORY
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StalldError as error:
         print(f"softirq-stalld: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # Before anything was there to be ended in order.
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +73,50 @@ def _parser() -> argparse.ArgumentParser:
         "--config", type=_path, metavar="F", help="check this configuration file, and nothing else"
     )
     check.set_defaults(command=_check)
+    _add_tail(commands.add_parser("tail", help="live events of the running service"))
     return parser
+
+
+def _add_tail(tail: argparse.ArgumentParser) -> None:
+    tail.add_argument(
+        "--socket",
+        type=_path,
+        default=Path(DEFAULT_SOCKET),
+        metavar="P",
+        help="the live socket of the service (default: %(default)s)",
+    )
+    tail.add_argument("--json", action="store_true", help="events as JSON lines, for programs")
+    first = tail.add_mutually_exclusive_group()
+    first.add_argument(
+        "-n", type=_history, metavar="N", default=0, help="show the last N events first, up to 100"
+    )
+    first.add_argument(
+        "--since-start",
+        action="store_true",
+        help="show first what there was since the service started, the last 100 events of it",
+    )
+    first.add_argument(
+        "--stats", action="store_true", help="tell what the service says of itself, and exit"
+    )
+    wanted = tail.add_argument_group(
+        "filters",
+        "Only events that satisfy all kinds given. Each but --min-ms may be given many times: "
+        "then one of its values is enough.",
+    )
+    wanted.add_argument(
+        "--min-ms", type=_min_ms, metavar="N", help="of stalls of N milliseconds or longer"
+    )
+    wanted.add_argument("--cpu", type=_cpu, action="append", metavar="N", help="of this CPU")
+    wanted.add_argument(
+        "--comm", type=_glob, action="append", metavar="GLOB", help="whose blocker is called so"
+    )
+    wanted.add_argument(
+        "--verdict", choices=VERDICTS, action="append", metavar="V", help=", ".join(VERDICTS)
+    )
+    wanted.add_argument(
+        "--event", choices=EVENTS, action="append", metavar="E", help=", ".join(EVENTS)
+    )
+    tail.set_defaults(command=_tail)
 
 
 def _number(text: str) -> float:
@@ -100,6 +145,35 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _min_ms(text: str) -> float:
+    value = _number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} ms is no duration: give 0 or more")
+    return value
+
+
+def _whole(text: str, most: int, what: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text[:9]) <= most):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} from 0 to {most}")
+    return int(text)
+
+
+def _history(text: str) -> int:
+    return _whole(text, MAX_HISTORY, "a number of events")
+
+
+def _cpu(text: str) -> int:
+    return _whole(text, MAX_CPU, "the number of a CPU,")
+
+
+def _glob(text: str) -> str:
+    if not 1 <= len(text) <= MAX_PATTERN:
+        raise argparse.ArgumentTypeError(f"a pattern has 1 to {MAX_PATTERN} characters")
+    if any("\udc80" <= character <= "\udcff" for character in text):
+        raise argparse.ArgumentTypeError("the pattern is not UTF-8; such bytes are told as \\xNN")
+    return text
+
+
 def _path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("'' is not the name of a file")
@@ -111,55 +185,65 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     config = load(arguments.config)
     if arguments.threshold_ms is not None:
         config = replace(config, detect=replace(config.detect, threshold_ms=arguments.threshold_ms))
-    return Settings(config, arguments.duration)
+    source = _shown(arguments.config or DEFAULT_PATH)
+    if config.sinks.stdout.enabled and sys.stdout is None:
+        raise ConfigError(
+            f"{source}: sinks.stdout.enabled: standard output is closed, so events have nowhere "
+            "to go; open it, or set this to false and name another sink"
+        )
+    return Settings(config, arguments.duration, arguments.format, source)
+
+
+def _shown(path: Path) -> str:
+    """For messages: bytes that are no UTF-8 stand as escapes."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     # Imported here: `check` and usage errors need none of it.
-    import structlog
     import uvloop
 
+    from stalld.log import open_log
     from stalld.service import Service
-    from stalld.sinks.emitter import Emitter
 
-    try:
-        stream = sys.stdout.buffer
-        emitter = Emitter(stream, arguments.format, time.time_ns)
-    except AttributeError:
-        raise UsageError("standard output is closed: events have nowhere to go") from None
-    log = structlog.wrap_logger(
-        structlog.PrintLogger(sys.stderr),
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"]),
-        ],
-    )
+    stdout_fd = -1 if sys.stdout is None else sys.stdout.fileno()
+
+    log = open_log(sys.stderr)
 
     async def detect() -> None:
-        await Service(settings, emitter, log).run()
+        await Service(settings, lambda: _settings(arguments), stdout_fd, log).run()
 
-    try:
-        uvloop.run(detect())
-    finally:
-        _let_go_of(sys.stdout)
+    uvloop.run(detect())
     return 0
 
 
-def _let_go_of(stream: TextIO) -> None:
-    """Nothing is left to write: what a broken pipe refused must not be tried again at exit."""
+def _tail(arguments: argparse.Namespace) -> int:
+    filters = {
+        "min_ms": arguments.min_ms,
+        "cpu": arguments.cpu,
+        "comm": arguments.comm,
+        "verdict": arguments.verdict,
+        "event": arguments.event,
+    }
+    wanted = {name: value for name, value in filters.items() if value is not None}
     try:
-        stream.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        Filter.from_request(wanted)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    history = None if arguments.since_start else arguments.n
+    try:
+        from stalld.tail.command import Options, run
+
+        return run(Options(str(arguments.socket), arguments.json, wanted, history, arguments.stats))
+    except KeyboardInterrupt:
+        return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
     if arguments.config is not None:
         load(arguments.config)
-        name = os.fsencode(arguments.config).decode(errors="backslashreplace")
-        print(f"{name}: valid")
+        print(f"{_shown(arguments.config)}: valid")
         return 0
     from stalld.check import check, render
 

@@ -83,22 +83,53 @@ class Detector:
         self.symbols = SymbolTable(kallsyms, feed)
         host = LocalHost(self.maps, self.rings, self.symbols, is_virtual())
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        self.instance = f"{boot_id}-{started_ns:x}"
+        """Unlike any other run's, across boots."""
         self.pipeline = Pipeline(
             Tracker(settings.threshold_ns, tick_ns(), host),
             Folder(config.storm.identical_per_minute, settings.threshold_ns),
             self.symbols,
             emitter,
             names=self.watched.names,
-            id_prefix=f"{boot_id}-{started_ns:x}",
+            id_prefix=self.instance,
             sampler="tick" if "link:hrtimer_expire_entry" in fds else "none",
             clocks_ns=clocks_ns,
             on_bad_record=on_bad_record,
             on_hotplug=on_hotplug,
         )
 
-    def start(self, missing: list[events.Event]) -> None:
-        """Have the kernel detect, and say so; ``missing``: what the service does without."""
+    def start(self, missing: list[events.Event], sinks: list[str]) -> None:
+        """Have the kernel detect, and say so.
+
+        Args:
+            missing: what the service does without.
+            sinks: where events go.
+        """
         cpus = self.learn()
+        self._watch()
+        fields = bookends.started(
+            self._settings,
+            self._probes.description,
+            self.maps,
+            cpus=len(cpus),
+            kthreads=len(self.watched.names),
+            tick_ns=tick_ns(),
+            hidden=self._hidden,
+            missing=missing,
+            sinks=sinks,
+        )
+        self._emitter.emit("started", "info", fields)
+
+    def apply(self, settings: Settings) -> None:
+        """Go by other settings from now on. Nothing is detached, so nothing is missed."""
+        self._settings = settings
+        config = settings.config
+        self.watched.want(config.detect.kthreads)
+        self.learn()
+        self.pipeline.apply(settings.threshold_ns, config.storm.identical_per_minute)
+        self._watch()
+
+    def _watch(self) -> None:
         config, places = self._settings.config, self._probes.description.percpu
         self.maps.watch(
             self._settings.threshold_ns,
@@ -113,17 +144,6 @@ class Detector:
             regs_offset=places.get("regs", 0),
             tick_function=self._tick_functions,
         )
-        fields = bookends.started(
-            self._settings,
-            self._probes.description,
-            self.maps,
-            cpus=len(cpus),
-            kthreads=len(self.watched.names),
-            tick_ns=tick_ns(),
-            hidden=self._hidden,
-            missing=missing,
-        )
-        self._emitter.emit("started", "info", fields)
 
     def learn(self) -> dict[int, int]:
         """Look for new or restarted kernel threads; CPU → pid of each ksoftirqd."""
@@ -142,10 +162,14 @@ class Detector:
             self.pipeline.take_suppressed(*muted)
         self.pipeline.flush()
 
-    def finish(self) -> None:
-        """Close what is open, tell what is left, say goodbye."""
+    def finish(self, sinks: Callable[[], list[events.Event]]) -> None:
+        """Close what is open, tell what is left, say goodbye.
+
+        Args:
+            sinks: what became of all events until then.
+        """
         self.report()
         self.pipeline.finish()
         uptime_ns = time.monotonic_ns() - self._started_ns
-        fields = bookends.stopped(self.pipeline, self.maps, self.rings, uptime_ns)
+        fields = bookends.stopped(self.pipeline, self.maps, self.rings, uptime_ns, sinks())
         self._emitter.emit("stopped", "info", fields)

@@ -55,6 +55,10 @@ class Watched:
         self.left_out = 0
         """Threads that found no place; none on any host of a sane size."""
 
+    def want(self, patterns: Sequence[str]) -> None:
+        """Other patterns count from the next :meth:`learn` on."""
+        self._patterns = tuple(patterns)
+
     def learn(self, tasks: Iterable[TaskEntry]) -> dict[int, int]:
         """Watch those of ``tasks`` that are wanted, and no others any more.
 

@@ -61,6 +61,8 @@ class Pipeline:
         self.lost = 0
         self.undecodable = 0
         self.suppressed = 0
+        self.last = ""
+        """The last stall, in a few words."""
         self._names = names
         self._emitter = emitter
         self._id_prefix = id_prefix
@@ -68,6 +70,12 @@ class Pipeline:
         self._clocks_ns = clocks_ns
         self._on_bad_record = on_bad_record
         self._on_hotplug = on_hotplug
+
+    def apply(self, threshold_ns: int, per_minute: int) -> None:
+        """Go by another threshold and another limit of identical stalls from now on."""
+        self.tracker.threshold_ns = threshold_ns
+        self.folder.threshold_ns = threshold_ns
+        self.folder.per_minute = per_minute
 
     def take(self, data: bytes) -> None:
         """Take one raw record in; emit what it brings about."""
@@ -120,7 +128,9 @@ class Pipeline:
 
     def _emit(self, updates: list[Update]) -> None:
         for update in updates:
-            self.stalls += update.phase is Phase.RESOLVED
+            if update.phase is Phase.RESOLVED:
+                self.stalls += 1
+                self.last = _in_a_few_words(update)
             self._write(self.folder.take(update, self._clocks_ns()[0]))
 
     def _write(self, lines: Sequence[Update | Suppressed]) -> None:
@@ -146,3 +156,9 @@ class Pipeline:
 
     def _stall_id(self, cpu: int, seq: int) -> str:
         return f"{self._id_prefix}-{cpu}-{seq}"
+
+
+def _in_a_few_words(update: Update) -> str:
+    whose = f" by {events.text(update.blocker.comm)}" if update.blocker else ""
+    duration_ms = update.duration_ns / 1e6
+    return f"{duration_ms:.0f} ms on CPU {update.cpu}, {update.verdict.value}{whose}"

@@ -18,7 +18,7 @@ import select
 import struct
 import threading
 from collections.abc import Callable, Container, Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,6 +89,7 @@ class PerfReader:
         on_record: gets each raw record (bytes), under ``lock``, in the thread
             that reads. What the kernel had no room for it counts itself
             (``lost`` of ``struct cpu_state``).
+        lock: one that a thread may take twice; its own without.
 
     Raises:
         StalldError: the buffers cannot be opened; the reason and the remedy.
@@ -99,12 +100,13 @@ class PerfReader:
         map_fd: int,
         on_record: Callable[[bytes], None],
         pages: int = PAGES_PER_CPU,
+        lock: AbstractContextManager[object, None] | None = None,
     ) -> None:
         self._lib = libbpf()
         self._map_fd = map_fd
         self._on_record = on_record
         self._pages = pages
-        self.lock = threading.RLock()
+        self.lock = threading.RLock() if lock is None else lock
         self._errors: list[Exception] = []
         self._buffers: dict[int, int] = {}  # CPU -> struct perf_buffer *
         # libbpf keeps the callback's address, so we keep the callback.
@@ -257,15 +259,23 @@ class ReaderThread:
         self._run_on = run_on
         self._on_read = on_read
         self._on_error = on_error
-        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._asked = os.eventfd(0, os.EFD_CLOEXEC)
+        self._stopping = False
+        self.answered = 0
+        """How often it has answered :meth:`ask`."""
         self._thread = threading.Thread(target=self._run, name="stalld-reader", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread; the buffers stay."""
-        os.eventfd_write(self._stop, 1)
+        self._stopping = True
+        self.ask()
         self._thread.join()
-        os.close(self._stop)
+        os.close(self._asked)
+
+    def ask(self) -> None:
+        """Have it answer, if it still moves."""
+        os.eventfd_write(self._asked, 1)
 
     def _run(self) -> None:
         try:
@@ -273,14 +283,19 @@ class ReaderThread:
                 # Without any of them online the kernel chooses.
                 os.sched_setaffinity(0, self._run_on)
             with select.epoll() as epoll:
-                for fd in (self._stop, *self._cpu_of):
+                for fd in (self._asked, *self._cpu_of):
                     epoll.register(fd, select.EPOLLIN)
                 # Registering takes the news of what waits already.
                 ready = list(self._cpu_of)
-                while self._stop not in ready:
-                    self._reader.consume([self._cpu_of[fd] for fd in ready])
-                    self._on_read()
+                while not self._stopping:
+                    if ready:
+                        self._reader.consume([self._cpu_of[fd] for fd in ready])
+                        self._on_read()
                     ready = [fd for fd, _ in epoll.poll()]
+                    if self._asked in ready:
+                        ready.remove(self._asked)
+                        os.eventfd_read(self._asked)
+                        self.answered += 1
         except Exception as error:  # noqa: BLE001 - the event loop raises it again
             self._on_error(error)
 

@@ -109,6 +109,15 @@ class Reading:
             self._on_error(error)
         self._on_read()
 
+    def moves(self) -> Callable[[], bool]:
+        """Ask the thread to answer; the function tells whether it has, or has been replaced."""
+        thread = self._thread
+        if thread is None:
+            return lambda: True
+        before = thread.answered
+        thread.ask()
+        return lambda: thread is not self._thread or thread.answered > before
+
     def close(self) -> None:
         """Stop reading. Waits for the thread, whose CPU may be stuck. May be called twice."""
         self._stop()

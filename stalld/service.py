@@ -1,58 +1,66 @@
-"""The life of ``softirq-stalld run``: start, detect, stop."""
+"""The life of ``softirq-stalld run``: start, detect, reload, stop."""
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
+import os
+import platform
 import resource
 import signal
+import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
-from stalld import events
+from stalld import __version__, degraded, events, liveness, notify
 from stalld.config import Settings
 from stalld.detector import Detector
 from stalld.enrich.kallsyms import Kallsyms
 from stalld.enrich.ksymbols import KsymbolError, KsymbolFeed
-from stalld.errors import DecodeError, StalldError
+from stalld.errors import ConfigError, DecodeError, ProbeError, StalldError
+from stalld.output import Output
 from stalld.perf import NMI_HZ, NmiSampler, SamplerError
-from stalld.probe.client import Probes, load_probes
+from stalld.probe.client import ProbeChild, Probes, load_probes
 from stalld.probe.protocol import NMI_SAMPLER, NO_NMI
 from stalld.reader import PerfReader, online_cpus
-from stalld.reading import Reading
-from stalld.sinks.emitter import Emitter
+from stalld.upkeep import Upkeep, load_kallsyms, return_memory
 
-EXPIRE_EVERY_S = 0.1
-"""How often to look for lost closing records, while a stall is open."""
-LEARN_EVERY_S = 30.0
-"""How often to look for new or restarted kernel threads."""
-RELOAD_EVERY_S = 5.0
-"""The kernel's symbols are not read again sooner."""
-COUNTED_AFTER_NS = 1_100_000_000
-"""The kernel limits stalls by the second: what it kept back is counted by then."""
-HOTPLUG_LOOKS_S = (0.05, 0.2, 0.5, 1.0, 3.0)
-"""When to look again, each after the one before: the kernel tells of the first step only."""
+STATUS_EVERY_S = 1.0
+"""The service manager is told no more often how it goes."""
 
 
 class Service:
-    """Detects until a signal, the end of its time or a fault stops it."""
+    """Detects until a signal, the end of its time or a fault stops it.
 
-    def __init__(self, settings: Settings, emitter: Emitter, log: FilteringBoundLogger) -> None:
+    Args:
+        settings: to begin with.
+        read_settings: reads them anew; raises ConfigError.
+        stdout_fd: where events go that are for standard output; -1: it is closed.
+        log: the daemon's own.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        read_settings: Callable[[], Settings],
+        stdout_fd: int,
+        log: FilteringBoundLogger,
+    ) -> None:
         self._settings = settings
-        self._emitter = emitter
+        self._read_settings = read_settings
+        self._stdout_fd = stdout_fd
         self._log = log
         self._stopped = asyncio.Event()
-        self._news = asyncio.Event()
+        self._reload_asked = asyncio.Event()
         self._failure: BaseException | None = None
+        self._misconfigured = False
+        self._told_status_s = 0.0
         self._resources = ExitStack()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._reloading: asyncio.Task[None] | None = None
-        self._settling: asyncio.Task[None] | None = None
-        self._hotplugged: set[int] = set()
-        self._sampler: NmiSampler | None = None
+        self._lock = threading.RLock()
+        self._started_ns = time.monotonic_ns()
 
     async def run(self) -> None:
         """Everything from start-up to the ``stopped`` event.
@@ -60,66 +68,127 @@ class Service:
         Raises:
             StalldError: it cannot start or go on; the message says why.
         """
-        try:
-            with self._resources:
-                await self._run()
-        except BrokenPipeError:
-            raise StalldError("nobody reads standard output any more: stopping") from None
+        # The probe child is not to speak for us.
+        self._notifier = notify.Notifier.from_environment(os.environ, os.getpid())
+        notify.scrub(os.environ)
+        self._listen_to_signals()
+        with self._resources:
+            self._resources.callback(self._notifier.close)
+            probes = await self._load()
+            if probes is not None:
+                await self._detect(*probes)
 
-    async def _run(self) -> None:
+    def _listen_to_signals(self) -> None:
         loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_asked.set)
+
+    def _stop(self) -> None:
+        self._stopped.set()
+        # A second one ends us at once, whatever we wait for: the kernel cleans up.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    async def _load(self) -> tuple[Probes, Kallsyms] | None:
+        """What the kernel gives us; None: told to stop before it was there."""
         # Some descriptors for each CPU: more than 1024 on a large machine.
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stopped.set)
-        started_ns = time.monotonic_ns()
         # Before the child: what it loads is announced too.
         self._feed = self._open_feed()
         child = load_probes("auto" if self._settings.config.detect.nmi_sampler else "never")
         # The kernel's symbols are read while the child compiles.
-        kallsyms, probes = await asyncio.gather(
-            asyncio.to_thread(_load_kallsyms), asyncio.to_thread(child.result)
-        )
+        loading = asyncio.gather(asyncio.to_thread(child.result), asyncio.to_thread(load_kallsyms))
+        if await self._stops_before(loading):
+            await self._abandon(child, loading)
+            return None
+        probes, kallsyms = await loading
         self._resources.callback(probes.close)
-        self._attach(probes, kallsyms, started_ns)
-        del kallsyms
-        _return_memory()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.duration_s):
-                await self._stopped.wait()
-        self._detector.maps.stop()
-        if self._failure is not None:
-            raise self._failure
-        with self._reader.lock:
-            self._reader.consume()
-            self._detector.finish()
+        return probes, kallsyms
 
-    def _attach(self, probes: Probes, kallsyms: Kallsyms, started_ns: int) -> None:
+    async def _stops_before(self, work: asyncio.Future[tuple[Probes, Kallsyms]]) -> bool:
+        stopped = asyncio.ensure_future(self._stopped.wait())
+        either: set[asyncio.Future[Any]] = {stopped, work}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        return not work.done()
+
+    async def _abandon(
+        self, child: ProbeChild, loading: asyncio.Future[tuple[Probes, Kallsyms]]
+    ) -> None:
+        child.kill()
+        with suppress(ProbeError):  # It is not there while it compiles.
+            (await loading)[0].close()
+
+    async def _detect(self, probes: Probes, kallsyms: Kallsyms) -> None:
+        output = self._output = Output(
+            self._stdout_fd,
+            self._settings.style,
+            self._lock,
+            self._log,
+            on_dead=lambda: self._fail(
+                StalldError("nobody reads standard output any more: stopping")
+            ),
+            hello=self._hello,
+        )
+        try:
+            await output.apply(self._settings.config)
+            self._attach(probes, kallsyms)
+            del kallsyms
+            return_memory()
+            self._notifier.ready(self._status())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.duration_s):
+                    await self._stopped.wait()
+            self._notifier.stopping("stopping: what is left is being delivered")
+            self._detector.maps.stop()
+            if self._failure is not None:
+                raise self._failure
+            with self._lock:
+                self._reader.consume()
+                self._detector.finish(output.sinks)
+        finally:
+            # Before anything is detached: the kernel takes its time while a CPU is stuck.
+            await output.close()
+
+    def _attach(self, probes: Probes, kallsyms: Kallsyms) -> None:
         self._detector = Detector(
             probes,
             kallsyms,
             self._feed,
             self._settings,
-            self._emitter,
-            started_ns=started_ns,
+            self._output.emitter,
+            started_ns=self._started_ns,
             on_bad_record=self._log_bad_record,
             # Called where the record is read; looked at where the loop follows up.
-            on_hotplug=self._hotplugged.add,
+            on_hotplug=lambda cpu: self._upkeep.hotplugged.add(cpu),
         )
-        self._reader = PerfReader(probes.fds["map:events"], self._detector.pipeline.take)
-        self._resources.callback(self._reader.close)
-        self._reading = Reading(self._reader, self._follow_up, self._fail)
+        reader = PerfReader(probes.fds["map:events"], self._detector.pipeline.take, lock=self._lock)
+        self._reader = reader
+        self._resources.callback(reader.close)
+        self._upkeep = Upkeep(
+            self._detector,
+            reader,
+            self._feed,
+            self._log,
+            fail=self._fail,
+            on_report=self._tell_status,
+        )
         # Last of all said and done, since the CPU of its thread may be stuck.
-        self._resources.callback(self._reading.close)
+        self._resources.callback(self._upkeep.reading.close)
         missing = self._open_sampler(probes)
         # The lock keeps every record back until `started` is written.
-        with self._reader.lock:
-            self._reading.start()
-            self._detector.start(missing)
-        self._resources.callback(self._cancel_tasks)
-        self._keep(asyncio.create_task(self._relearn()))
-        self._keep(asyncio.create_task(self._report()))
+        with self._lock:
+            self._upkeep.reading.start()
+            self._detector.start(missing, self._output.hub.names)
+            self._output.begin()
+        self._resources.callback(self._upkeep.cancel)
+        self._upkeep.start()
+        self._upkeep.keep(self._reload_when_asked())
+        reading = self._upkeep.reading
+        self._upkeep.keep(liveness.feed(self._notifier, reading.moves, reading.read))
 
     def _open_sampler(self, probes: Probes) -> list[events.Event]:
         """Attach the NMI sampler where there is one; what cannot be had, for ``started``."""
@@ -127,110 +196,79 @@ class Service:
         if program is None:
             return []
         try:
-            self._sampler = NmiSampler.open(program, self._reader.cpus, NMI_HZ)
+            sampler = NmiSampler.open(program, self._reader.cpus, NMI_HZ)
         except SamplerError as error:
             return [{"ability": NMI_SAMPLER, "reason": str(error), "effect": NO_NMI}]
-        self._resources.callback(self._sampler.close)
+        self._upkeep.sampler = sampler
+        self._resources.callback(sampler.close)
         return []
+
+    async def _reload_when_asked(self) -> None:
+        while True:
+            await self._reload_asked.wait()
+            self._reload_asked.clear()
+            self._notifier.reloading()
+            await self._reload()
+            self._notifier.ready(self._status())
+
+    async def _reload(self) -> None:
+        """Take up what the configuration says now; what it has wrong changes nothing."""
+        name = self._settings.source
+        try:
+            settings = await asyncio.to_thread(self._read_settings)
+        except ConfigError as error:
+            self._misconfigured = True
+            for line in error.args:
+                self._log.error("not reloaded", reason=line)
+            self._output.emit("degraded", *degraded.configuration(name, error.args))
+            return
+        before, self._settings = self._settings, settings
+        with self._lock:
+            self._detector.apply(settings)
+        sampler = self._upkeep.sampler
+        if sampler is not None and not settings.config.detect.nmi_sampler:
+            sampler.close()
+            self._upkeep.sampler = None
+        elif settings.config.detect.nmi_sampler and not before.config.detect.nmi_sampler:
+            self._log.warning("detect.nmi_sampler = true takes effect at the next start")
+        await self._output.apply(settings.config)
+        self._log.info("reloaded", configuration=name)
+        if self._misconfigured:
+            self._misconfigured = False
+            self._output.emit("degraded", *degraded.configuration(name, ()))
 
     def _fail(self, error: BaseException | None) -> None:
         self._failure = self._failure or error
         self._stopped.set()
 
-    def _follow_up(self) -> None:
-        """Start what the records just read ask for."""
-        self._news.set()
-        if self._detector.symbols.needs_reload and _is_over(self._reloading):
-            self._reloading = self._keep(asyncio.create_task(self._reload()))
-        if self._hotplugged and _is_over(self._settling):
-            self._settling = self._keep(asyncio.create_task(self._follow_hotplug()))
+    def _hello(self) -> events.Event:
+        """What each client of the live socket is told first."""
+        return {
+            "instance": self._detector.instance,
+            "version": __version__,
+            "kernel": platform.release(),
+            "threshold_ms": self._settings.threshold_ms,
+            "uptime_ms": events.milliseconds(time.monotonic_ns() - self._started_ns),
+            "stalls": self._detector.pipeline.stalls,
+            "records_lost": self._detector.pipeline.lost,
+            "sinks": self._output.sinks(),
+        }
 
-    def _keep(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
-        """A task that ends with the service, and ends it when it fails."""
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
-        return task
-
-    def _task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            self._fail(task.exception())
-
-    def _cancel_tasks(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-
-    async def _report(self) -> None:
-        """After news, as long as a stall is open, and when sums are due."""
+    def _status(self) -> str:
         pipeline = self._detector.pipeline
-        counted_ns = 0
-        while True:
-            now_ns = time.monotonic_ns()
-            due_ns = [counted_ns] if counted_ns > now_ns else []
-            if pipeline.folder.next_flush_ns is not None:
-                due_ns.append(pipeline.folder.next_flush_ns)
-            if not pipeline.tracker.open:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout((min(due_ns) - now_ns) / 1e9 if due_ns else None):
-                        await self._news.wait()
-            if self._news.is_set():
-                self._news.clear()
-                counted_ns = time.monotonic_ns() + COUNTED_AFTER_NS
-            if pipeline.tracker.open or counted_ns > now_ns:
-                # Records come in bursts: one look for all of them.
-                await asyncio.sleep(EXPIRE_EVERY_S)
-            with self._reader.lock:
-                if pipeline.tracker.open:
-                    self._reader.consume()
-                    pipeline.expire(self._detector.maps.stall)
-                self._detector.report()
-
-    async def _reload(self) -> None:
-        """Read the kernel's symbols again, then rest."""
-        kallsyms = await asyncio.to_thread(_load_kallsyms)
-        with self._reader.lock:
-            self._detector.symbols.replace(kallsyms)
-        del kallsyms
-        _return_memory()
-        await asyncio.sleep(RELOAD_EVERY_S)
-
-    async def _relearn(self) -> None:
-        """Kernel threads come with new CPUs, and may be restarted."""
-        while True:
-            await asyncio.sleep(LEARN_EVERY_S)
-            self._look_at_cpus(())
-            with self._reader.lock:
-                self._detector.learn()
-                self._detector.report()
-
-    async def _follow_hotplug(self) -> None:
-        """CPUs go down or come up: read those that are there as soon as they are."""
-        while self._hotplugged:
-            suspects: set[int] = set()
-            for pause in HOTPLUG_LOOKS_S:
-                suspects |= self._hotplugged
-                self._hotplugged.clear()
-                await asyncio.sleep(pause)
-                self._look_at_cpus(suspects)
-                with self._reader.lock:
-                    self._detector.learn()
-
-    def _look_at_cpus(self, suspects: Collection[int]) -> None:
-        changed = self._reading.refresh(suspects)
-        if not any(changed):
-            return
-        self._log.info(
-            "online CPUs changed", gained=sorted(changed.gained), lost=sorted(changed.lost)
+        last = f", the last {pipeline.last}" if pipeline.last else ""
+        lost = f"; {pipeline.lost} records lost" if pipeline.lost else ""
+        wrong = "; the configuration file has errors" if self._misconfigured else ""
+        return (
+            f"{len(self._reader.cpus)} CPUs, threshold {self._settings.threshold_ms:g} ms; "
+            f"{pipeline.stalls} stalls{last}{lost}{wrong}; events: {self._output.summary()}"
         )
-        cpus = self._reader.cpus
-        try:
-            with self._reader.lock:
-                if self._feed is not None:
-                    self._feed.refresh(cpus, suspects)
-            if self._sampler is not None:
-                self._sampler.refresh(cpus, suspects)
-        except (KsymbolError, SamplerError) as error:
-            self._log.warning("not everything follows these CPUs", reason=str(error))
+
+    def _tell_status(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._told_status_s >= STATUS_EVERY_S:
+            self._told_status_s = now_s
+            self._notifier.status(self._status())
 
     def _open_feed(self) -> KsymbolFeed | None:
         try:
@@ -241,24 +279,3 @@ class Service:
 
     def _log_bad_record(self, error: DecodeError) -> None:
         self._log.error("undecodable record", reason=str(error))
-
-
-def _is_over(task: asyncio.Task[None] | None) -> bool:
-    return task is None or task.done()
-
-
-def _return_memory() -> None:
-    """Hand what reading the symbols left free back to the kernel, where libc can."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _load_kallsyms() -> Kallsyms:
-    try:
-        return Kallsyms.load()
-    except OSError as error:
-        raise StalldError(
-            f"cannot read the kernel's symbols: {error}; "
-            "mount /proc and use a kernel with CONFIG_KALLSYMS=y"
-        ) from error

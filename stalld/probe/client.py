@@ -90,6 +90,10 @@ class ProbeChild:
             )
         return Probes(description, dict(zip(description.fds, fds, strict=True)))
 
+    def kill(self) -> None:
+        """Have it end now: :meth:`result` then raises, unless it had answered already."""
+        self._process.kill()
+
     def _end(self) -> int:
         """Its exit status; it has a moment to exit by itself."""
         try:

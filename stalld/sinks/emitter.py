@@ -1,56 +1,60 @@
-"""structlog, set up to write events: one JSON object a line, or text for people."""
+"""structlog, set up to make events: one JSON object a line, for every sink the same."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, MutableMapping
-from typing import Any, BinaryIO
+import sys
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
 
 import orjson
 import structlog
 
 from stalld import events
-from stalld.sinks.text import render
 
 LEVELS = ("debug", "info", "warning", "error")
+MAX_LINE_BYTES = 47 * 1024
+"""journald cuts lines at 48 KiB (LineMax=), which leaves no valid JSON."""
+_CUTS = ((2048, 1000), (256, 64), (64, 16), (16, 4))
+"""Characters of a string and items of an array that are left, tried in this order."""
+
+Publish = Callable[[bytes, events.Event], object]
 
 
 class Emitter:
-    """Writes events to a binary stream, each at once.
+    """Makes the line of each event and hands it on, at once.
 
     Args:
-        stream: where to.
-        style: ``json`` or ``text``.
+        publish: takes the line, with its newline, and the event as a mapping.
         wall_ns: CLOCK_REALTIME in ns.
         host: what the events call this host.
     """
 
     def __init__(
-        self,
-        stream: BinaryIO,
-        style: str,
-        wall_ns: Callable[[], int],
-        host: str | None = None,
+        self, publish: Publish, wall_ns: Callable[[], int], host: str | None = None
     ) -> None:
-        self.written = 0
+        self._publish = publish
+        self._frame = _Frame(wall_ns, host or socket.gethostname())
         self._logger = structlog.wrap_logger(
-            structlog.BytesLogger(stream),
-            processors=[
-                structlog.processors.add_log_level,
-                _Frame(wall_ns, host or socket.gethostname()),
-                _json if style == "json" else _text,
-            ],
+            self,
+            processors=[structlog.processors.add_log_level, self._frame, _arguments],
             cache_logger_on_first_use=True,
         )
 
     def emit(self, event: str, level: str, fields: events.Event) -> None:
-        """Write one event.
-
-        Raises:
-            BrokenPipeError: nobody reads the stream any more.
-        """
+        """Make one event and hand it on."""
         getattr(self._logger, level)(event, **fields)
-        self.written += 1
+
+    def line(self, event: str, level: str, fields: events.Event) -> bytes:
+        """The line of an event that is not for everybody."""
+        return _line(self._frame(None, level, {"level": level, "event": event, **fields}))
+
+    # What structlog calls in the end, under the level's name.
+
+    def _take(self, line: bytes, event: events.Event) -> None:
+        self._publish(line, event)
+
+    debug = info = warning = error = _take
 
 
 class _Frame:
@@ -58,11 +62,9 @@ class _Frame:
 
     def __init__(self, wall_ns: Callable[[], int], host: str) -> None:
         self._wall_ns = wall_ns
-        self._host = host
+        self._host = _valid(host)
 
-    def __call__(
-        self, _: object, __: str, event: MutableMapping[str, Any]
-    ) -> MutableMapping[str, Any]:
+    def __call__(self, _: object, __: str, event: MutableMapping[str, Any]) -> dict[str, Any]:
         framed = {
             "timestamp": events.rfc3339(self._wall_ns()),
             "level": event.pop("level"),
@@ -74,9 +76,39 @@ class _Frame:
         return framed
 
 
-def _json(_: object, __: str, event: MutableMapping[str, Any]) -> bytes:
-    return orjson.dumps(event)
+def _arguments(_: object, __: str, event: Mapping[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    return (_line(event), event), {}
 
 
-def _text(_: object, __: str, event: MutableMapping[str, Any]) -> bytes:
-    return render(event).encode()
+def _line(event: Mapping[str, Any]) -> bytes:
+    line = _dumps(event)
+    for characters, items in _CUTS:
+        if len(line) <= MAX_LINE_BYTES:
+            break
+        line = _dumps(_cut(event, characters, items))
+    return line
+
+
+def _dumps(event: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE)
+    except orjson.JSONEncodeError:
+        # A path, say, with bytes that are no UTF-8.
+        return orjson.dumps(_cut(event, sys.maxsize, sys.maxsize), option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _cut(value: Any, characters: int, items: int) -> Any:
+    """The value with long strings and arrays shortened, all its strings valid Unicode."""
+    if isinstance(value, str):
+        value = _valid(value)
+        return value if len(value) <= characters else f"{value[: characters - 1]}…"
+    if isinstance(value, list | tuple):
+        return [_cut(item, characters, items) for item in value[:items]]
+    if isinstance(value, Mapping):
+        return {key: _cut(item, characters, items) for key, item in value.items()}
+    return value
+
+
+def _valid(text: str) -> str:
+    """No surrogates: a host name may be bytes that are no UTF-8."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -42,13 +43,14 @@ class Daemon:
         self.events: list[Event] = []
         self.lines: list[str] = []
         self.said = ""
+        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - stop() closes it
         self._news = threading.Condition()
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
             [COMMAND, "run", *self._arguments],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._log,
             text=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -84,13 +86,17 @@ class Daemon:
             self.process.kill()
             raise
         self._reader.join(10)
-        assert self.process.stderr is not None
-        if not self.process.stderr.closed:
-            self.said = self.process.stderr.read()
-        for stream in (self.process.stdout, self.process.stderr):
-            if stream is not None:
-                stream.close()
+        if not self._log.closed:
+            self.said = self.log()
+            self._log.close()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
         return status
+
+    def log(self) -> str:
+        """What it has said on standard error so far."""
+        size = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), size, 0).decode()
 
     def wait_for(self, wanted: Callable[[Event], bool], timeout_s: float = 5.0) -> Event:
         """The first event, old or new, for which ``wanted`` holds."""
@@ -159,6 +165,18 @@ def bpf_objects() -> set[tuple[str, int]]:
             ["bpftool", "--json", kind, "show"], capture_output=True, text=True, check=True
         )
         found |= {(kind, item["id"]) for item in json.loads(listed.stdout)}
+    return found
+
+
+def bpf_objects_of(pid: int) -> set[tuple[str, int]]:
+    """Those that a process holds a descriptor of."""
+    found = set()
+    directory = Path(f"/proc/{pid}/fdinfo")
+    for fd in os.listdir(directory):
+        for line in (directory / fd).read_text().splitlines():
+            name, _, value = line.partition(":\t")
+            if name in ("prog_id", "map_id", "link_id"):
+                found.add((name.removesuffix("_id"), int(value)))
     return found
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, ValidationError
 
-from stalld import bookends, events
+from stalld import bookends, degraded, events
 from stalld.config import Settings
 from stalld.errors import DecodeError
 from stalld.pipeline import Pipeline
@@ -22,6 +22,8 @@ from stalld.probe.protocol import Attached, Description, Missing
 from stalld.records import RecordType, Source
 from stalld.rings import Polled
 from stalld.sinks.emitter import Emitter
+from stalld.sinks.outbox import Gap
+from stalld.sinks.sink import Trouble
 from stalld.track.fold import Folder
 from stalld.track.hints import hint
 from stalld.track.model import Ended, Handler, Net, Phase, Tick, Update
@@ -85,7 +87,7 @@ def told(update: Update, names: dict[int, bytes] | None = None) -> dict[str, Any
 def line(event: str, level: str, fields: events.Event) -> bytes:
     """The line as written."""
     stream = io.BytesIO()
-    Emitter(stream, "json", lambda: WALL, "host").emit(event, level, fields)
+    Emitter(lambda line, _: stream.write(line), lambda: WALL, "host").emit(event, level, fields)
     return stream.getvalue()
 
 
@@ -476,7 +478,7 @@ def pipeline(
         Tracker(THRESHOLD, TICK_NS, MadeHost()),
         Folder(per_minute, THRESHOLD),
         symbols,
-        Emitter(stream, "json", lambda: WALL, "host"),
+        Emitter(lambda line, _: stream.write(line), lambda: WALL, "host"),
         names={40: b"napi/eth0-8193"},
         id_prefix="boot-1",
         sampler="tick",
@@ -642,6 +644,7 @@ def started(*hooks: str, hidden: bool = False, **settings: Any) -> dict[str, Any
         tick_ns=TICK_NS,
         hidden=hidden,
         missing=[{"ability": "a", "reason": "r", "effect": "e"}],
+        sinks=["stdout", "tcp [::1]:6000"],
     )
     return parse(line("started", "info", fields))
 
@@ -652,7 +655,8 @@ def stopped() -> dict[str, Any]:
     maps.cpus[1].net_rx_runs, maps.cpus[1].net_rx_ns, maps.cpus[1].net_rx_max_ns = 3, 9 * MS, 4 * MS
     maps.cpus[0].unwatched, maps.cpus[1].missed = 5, 6
     rings: Any = SimpleNamespace(napi_totals=lambda: {(2, b"eth0"): Polled(7, 70, 1)})
-    fields = bookends.stopped(pipeline(io.BytesIO()), maps, rings, 60_000 * MS)
+    sinks = [{"name": "stdout", "delivered": 3, "queued": 1, "dropped": 2}]
+    fields = bookends.stopped(pipeline(io.BytesIO()), maps, rings, 60_000 * MS, sinks)
     return parse(line("stopped", "info", fields))
 
 
@@ -672,6 +676,7 @@ def test_started(hidden: bool) -> None:
     ]
     assert (event["sampler"], event["cpus"], event["threshold_ms"]) == ("tick", 2, 10.0)
     assert (event["kthreads"], event["tick_ms"], event["lookback"]) == (9, 4.0, False)
+    assert event["sinks"] == ["stdout", "tcp [::1]:6000"]
 
 
 @pytest.mark.parametrize(
@@ -706,6 +711,45 @@ def test_stopped() -> None:
     assert (event["unwatched_wakeups"], event["missed_services"]) == (5, 6)
     assert (event["uptime_ms"], event["suppressed"]) == (60_000.0, 0)
     assert [(each["device"], each["polls"]) for each in event["napi"]] == [("eth0", 7)]
+    assert event["sinks"] == [{"name": "stdout", "delivered": 3, "queued": 1, "dropped": 2}]
+
+
+def gap() -> dict[str, Any]:
+    """An event that stands where others are missing."""
+    level, fields = degraded.gap("live client 3", Gap(7, WALL, WALL + 5 * MS))
+    return parse(line("degraded", level, fields))
+
+
+@pytest.mark.parametrize(
+    ("told", "level", "state"),
+    [
+        (degraded.sink(Trouble("tcp h:1", "refused")), "warning", "begun"),
+        (degraded.sink(Trouble("stdout", "gone")), "warning", "begun"),
+        (degraded.sink(Trouble("tcp h:1", "back", over=True)), "info", "ended"),
+        (degraded.configuration("F", ("F: a: unknown", "F: b: wrong")), "warning", "begun"),
+        (degraded.configuration("F", ()), "info", "ended"),
+    ],
+)
+def test_degraded(told: degraded.Told, level: str, state: str) -> None:
+    """What begins is a warning, what ends is none; each says what it means."""
+    event = parse(line("degraded", *told))
+    assert (event["level"], event["state"]) == (level, state)
+    assert event["reason"]
+    assert event["effect"]
+
+
+def test_all_errors_are_told() -> None:
+    """A file's errors stand in one event."""
+    _, fields = degraded.configuration("F", ("F: a: unknown", "F: b: wrong"))
+    assert fields["reason"] == "F: a: unknown; F: b: wrong"
+
+
+def test_gap() -> None:
+    """How many are missing, and from when to when."""
+    event = gap()
+    assert (event["state"], event["level"], event["dropped"]) == ("gap", "warning", 7)
+    assert event["since"] == "2026-01-02T03:04:05.678901Z"
+    assert event["until"] == "2026-01-02T03:04:05.683901Z"
 
 
 class TestSchema:
@@ -725,9 +769,7 @@ class TestSchema:
         ends = properties["evidence"]["properties"]["ended"]["enum"]
         assert ends == [*[e.value for e in Ended], None]
 
-    @pytest.mark.parametrize(
-        "name", ["softnet", "nic", "cfs_throttled", "task_blocked", "degraded"]
-    )
+    @pytest.mark.parametrize("name", ["softnet", "nic", "cfs_throttled", "task_blocked"])
     def test_reserved_names(self, name: str) -> None:
         """A reserved event needs the common keys and may have others."""
         event = parse(line(name, "info", {"anything": 1}))
@@ -735,7 +777,7 @@ class TestSchema:
         with pytest.raises(ValidationError, match="'host' is a required property"):
             VALIDATOR.validate(event)
 
-    @pytest.mark.parametrize("name", ["started", "stopped", "stall", "records_lost"])
+    @pytest.mark.parametrize("name", ["started", "stopped", "stall", "records_lost", "degraded"])
     def test_no_other_key_and_none_less(self, name: str) -> None:
         """A key too many or too few is refused in each event, and everywhere inside of it."""
         event = EXAMPLES[name]()
@@ -831,4 +873,5 @@ EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
     "stopped": stopped,
     "stall": _stall,
     "records_lost": _lost,
+    "degraded": gap,
 }

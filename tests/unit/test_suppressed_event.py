@@ -46,7 +46,7 @@ def fields(suppressed: Suppressed) -> events.Event:
 def event(suppressed: Suppressed) -> dict[str, Any]:
     """The event, written and read again."""
     stream = io.BytesIO()
-    emitter = Emitter(stream, "json", lambda: WALL, "host")
+    emitter = Emitter(lambda line, _: stream.write(line), lambda: WALL, "host")
     emitter.emit("suppressed", suppressed.level, fields(suppressed))
     return parse(stream.getvalue())
 

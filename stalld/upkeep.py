@@ -1,0 +1,194 @@
+"""What is done beside reading: sums told when due, symbols, threads and CPUs kept current."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import time
+from collections.abc import Callable, Collection, Coroutine
+from contextlib import suppress
+from typing import Any
+
+from structlog.typing import FilteringBoundLogger
+
+from stalld.detector import Detector
+from stalld.enrich.kallsyms import Kallsyms
+from stalld.enrich.ksymbols import KsymbolError, KsymbolFeed
+from stalld.errors import StalldError
+from stalld.perf import NmiSampler, SamplerError
+from stalld.reader import PerfReader
+from stalld.reading import Reading
+
+EXPIRE_EVERY_S = 0.1
+"""How often to look for lost closing records, while a stall is open."""
+LEARN_EVERY_S = 30.0
+"""How often to look for new or restarted kernel threads."""
+RELOAD_EVERY_S = 5.0
+"""The kernel's symbols are not read again sooner."""
+COUNTED_AFTER_NS = 1_100_000_000
+"""The kernel limits stalls by the second: what it kept back is counted by then."""
+HOTPLUG_LOOKS_S = (0.05, 0.2, 0.5, 1.0, 3.0)
+"""When to look again, each after the one before: the kernel tells of the first step only."""
+
+
+class Upkeep:
+    """Tasks of the loop. They end with :meth:`cancel`, or all together when one fails.
+
+    Args:
+        fail: told why a task ended before its time.
+        on_report: called after each look at what there is to tell.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        reader: PerfReader,
+        feed: KsymbolFeed | None,
+        log: FilteringBoundLogger,
+        *,
+        fail: Callable[[BaseException | None], None],
+        on_report: Callable[[], None],
+    ) -> None:
+        self.reading = Reading(reader, self._follow_up, fail)
+        self.sampler: NmiSampler | None = None
+        self.hotplugged: set[int] = set()
+        """CPUs that records told of, which may be going or coming."""
+        self._detector = detector
+        self._reader = reader
+        self._feed = feed
+        self._log = log
+        self._fail = fail
+        self._on_report = on_report
+        self._news = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reloading: asyncio.Task[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin with what goes on for ever."""
+        self.keep(self._relearn())
+        self.keep(self._report())
+
+    def keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that ends with the others."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def cancel(self) -> None:
+        """End all tasks."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._fail(task.exception())
+
+    def _follow_up(self) -> None:
+        """Start what the records just read ask for."""
+        self._news.set()
+        if self._detector.symbols.needs_reload and _is_over(self._reloading):
+            self._reloading = self.keep(self._reload())
+        if self.hotplugged and _is_over(self._settling):
+            self._settling = self.keep(self._follow_hotplug())
+
+    async def _report(self) -> None:
+        """After news, as long as a stall is open, and when sums are due."""
+        pipeline = self._detector.pipeline
+        counted_ns = 0
+        while True:
+            now_ns = time.monotonic_ns()
+            due_ns = [counted_ns] if counted_ns > now_ns else []
+            if pipeline.folder.next_flush_ns is not None:
+                due_ns.append(pipeline.folder.next_flush_ns)
+            if not pipeline.tracker.open:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout((min(due_ns) - now_ns) / 1e9 if due_ns else None):
+                        await self._news.wait()
+            if self._news.is_set():
+                self._news.clear()
+                counted_ns = time.monotonic_ns() + COUNTED_AFTER_NS
+            if pipeline.tracker.open or counted_ns > now_ns:
+                # Records come in bursts: one look for all of them.
+                await asyncio.sleep(EXPIRE_EVERY_S)
+            with self._reader.lock:
+                if pipeline.tracker.open:
+                    self._reader.consume()
+                    pipeline.expire(self._detector.maps.stall)
+                self._detector.report()
+            self._on_report()
+
+    async def _reload(self) -> None:
+        """Read the kernel's symbols again, then rest."""
+        kallsyms = await asyncio.to_thread(load_kallsyms)
+        with self._reader.lock:
+            self._detector.symbols.replace(kallsyms)
+        del kallsyms
+        return_memory()
+        await asyncio.sleep(RELOAD_EVERY_S)
+
+    async def _relearn(self) -> None:
+        """Kernel threads come with new CPUs, and may be restarted."""
+        while True:
+            await asyncio.sleep(LEARN_EVERY_S)
+            self._look_at_cpus(())
+            with self._reader.lock:
+                self._detector.learn()
+                self._detector.report()
+
+    async def _follow_hotplug(self) -> None:
+        """CPUs go down or come up: read those that are there as soon as they are."""
+        while self.hotplugged:
+            suspects: set[int] = set()
+            for pause in HOTPLUG_LOOKS_S:
+                suspects |= self.hotplugged
+                self.hotplugged.clear()
+                await asyncio.sleep(pause)
+                self._look_at_cpus(suspects)
+                with self._reader.lock:
+                    self._detector.learn()
+
+    def _look_at_cpus(self, suspects: Collection[int]) -> None:
+        changed = self.reading.refresh(suspects)
+        if not any(changed):
+            return
+        self._log.info(
+            "online CPUs changed", gained=sorted(changed.gained), lost=sorted(changed.lost)
+        )
+        cpus = self._reader.cpus
+        try:
+            with self._reader.lock:
+                if self._feed is not None:
+                    self._feed.refresh(cpus, suspects)
+            if self.sampler is not None:
+                self.sampler.refresh(cpus, suspects)
+        except (KsymbolError, SamplerError) as error:
+            self._log.warning("not everything follows these CPUs", reason=str(error))
+
+
+def _is_over(task: asyncio.Task[None] | None) -> bool:
+    return task is None or task.done()
+
+
+def return_memory() -> None:
+    """Hand what reading the symbols left free back to the kernel, where libc can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def load_kallsyms() -> Kallsyms:
+    """The kernel's symbols.
+
+    Raises:
+        StalldError: they cannot be read.
+    """
+    try:
+        return Kallsyms.load()
+    except OSError as error:
+        raise StalldError(
+            f"cannot read the kernel's symbols: {error}; "
+            "mount /proc and use a kernel with CONFIG_KALLSYMS=y"
+        ) from error

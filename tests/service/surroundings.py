@@ -1,0 +1,92 @@
+"""Sinks in a real event loop, fed as the daemon feeds them: from another thread, under a lock."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, Self
+
+import uvloop
+
+from stalld import degraded
+from stalld.events import Event
+from stalld.sinks.emitter import Emitter
+from stalld.sinks.sink import Context, Sink, Trouble
+
+
+class Loop:
+    """A uvloop in a thread of its own, and what a sink needs of its surroundings."""
+
+    def __enter__(self) -> Self:
+        self.loop = uvloop.new_event_loop()
+        self.troubles: list[Trouble] = []
+        self.emitter = Emitter(lambda line, event: self._publish(line, event), time.time_ns, "host")
+        self._publish: Callable[[bytes, Event], None] = lambda line, event: None
+        self._thread = threading.Thread(target=self.loop.run_forever)
+        self._thread.start()
+        self.context = Context(
+            self.loop,
+            self.troubles.append,
+            lambda name, gap: self.emitter.line("degraded", *degraded.gap(name, gap)),
+            time.time_ns,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+        self.loop.close()
+
+    def run(self, work: Coroutine[Any, Any, Any], timeout_s: float = 10.0) -> Any:
+        """Run it in the loop and wait for what comes of it."""
+        future: Future[Any] = asyncio.run_coroutine_threadsafe(work, self.loop)
+        return future.result(timeout_s)
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Call it in the loop."""
+
+        async def call() -> Any:
+            return function()
+
+        return self.run(call())
+
+    def close(self, sink: Sink, within_s: float = 1.0) -> None:
+        """Close a sink as the hub does."""
+
+        async def close() -> None:
+            await sink.close(self.loop.time() + within_s)
+            sink.give_up()
+
+        self.run(close(), within_s + 5)
+
+    def emit(self, sink: Sink, number: int, **fields: Any) -> float:
+        """Give a sink one event; how long that took, in seconds."""
+        self._publish = sink.put
+        begun = time.perf_counter()
+        self.emitter.emit("records_lost", "warning", {"cpu": 0, "count": number, **fields})
+        return time.perf_counter() - begun
+
+
+def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+    """Wait until it holds; fail when it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come to hold"
+        time.sleep(0.005)
+
+
+def numbers(lines: bytes | str) -> list[int]:
+    """The numbers of the events in JSON lines; gaps are left out."""
+    told = [json.loads(line) for line in lines.splitlines()]
+    return [event["count"] for event in told if event["event"] == "records_lost"]
+
+
+def missing(lines: bytes | str) -> int:
+    """How many events the gaps in JSON lines say are missing."""
+    told = [json.loads(line) for line in lines.splitlines()]
+    return sum(event["dropped"] for event in told if event["event"] == "degraded")
