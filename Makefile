@@ -14,7 +14,7 @@ ARGS ?=
 
 RUNTIME_PACKAGES := python3-bpfcc libbpf1 python3-venv
 TEST_PACKAGES := clang-14 libbpf-dev linux-libc-dev bpftool iproute2 iputils-ping \
-	libbpf-tools procps gcc libc6-dev
+	libbpf-tools procps gcc libc6-dev systemd rsyslog logrotate openssl
 
 # Keep packages of the caller's home and shell out of the environment we pin.
 export PYTHONNOUSERSITE := 1

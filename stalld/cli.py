@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from stalld import __version__
-from stalld.config import DEFAULT_PATH, DEFAULT_SOCKET, MAX_THRESHOLD_MS, Settings, load
+from stalld.config import DEFAULT_PATH, DEFAULT_SOCKET, MAX_THRESHOLD_MS, Settings, load, printable
 from stalld.errors import ConfigError, StalldError, UsageError
 from stalld.live_filter import EVENTS, MAX_CPU, MAX_PATTERN, VERDICTS, Filter
 from stalld.live_request import MAX_HISTORY
@@ -185,18 +185,13 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     config = load(arguments.config)
     if arguments.threshold_ms is not None:
         config = replace(config, detect=replace(config.detect, threshold_ms=arguments.threshold_ms))
-    source = _shown(arguments.config or DEFAULT_PATH)
+    source = printable(str(arguments.config or DEFAULT_PATH))
     if config.sinks.stdout.enabled and sys.stdout is None:
         raise ConfigError(
             f"{source}: sinks.stdout.enabled: standard output is closed, so events have nowhere "
             "to go; open it, or set this to false and name another sink"
         )
     return Settings(config, arguments.duration, arguments.format, source)
-
-
-def _shown(path: Path) -> str:
-    """For messages: bytes that are no UTF-8 stand as escapes."""
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -243,7 +238,7 @@ def _tail(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     if arguments.config is not None:
         load(arguments.config)
-        print(f"{_shown(arguments.config)}: valid")
+        print(f"{printable(str(arguments.config))}: valid")
         return 0
     from stalld.check import check, render
 

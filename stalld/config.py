@@ -1,104 +1,45 @@
-"""The configuration: a TOML file of typed keys, all optional.
+"""The configuration: a TOML file of typed keys, nearly all optional.
 
-The dataclasses are the table of all keys: a field is annotated with the key's type, rule and
-meaning, or it is a section, a dataclass again. A new key needs nothing else here; the tests
-then ask for it in ``systemd/config.toml`` and ``docs/configuration.md``.
+The dataclasses are the table of all keys, see :mod:`stalld.tables`. A new key needs nothing else
+here; the tests then ask for it in ``systemd/config.toml`` and ``docs/configuration.md``.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
+import os
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Annotated
 
+from stalld import tables
 from stalld.errors import ConfigError
 from stalld.records import VECTORS
+from stalld.tables import SWITCH, Key, number
+from stalld.values import (
+    ADDRESS,
+    FACILITY,
+    GROUP,
+    HOST,
+    OPTIONAL_PATH,
+    PATH,
+    PATTERNS,
+    QUEUE_KIB,
+    SOCKET,
+    SYSLOG,
+    VECTOR_NAMES,
+    WORD,
+    place,
+)
 
 DEFAULT_PATH = Path("/etc/softirq-stalld/config.toml")
+DEFAULT_SOCKET = "/run/softirq-stalld/softirq-stalld.sock"
 MAX_THRESHOLD_MS = 60_000
 _MAX_BYTES = 1 << 16
-
-
-class Rule(NamedTuple):
-    """The values that a key takes.
-
-    Attributes:
-        allowed: for people; completes "give …".
-        read: makes a TOML value a setting; raises ValueError with one argument per fault.
-    """
-
-    allowed: str
-    read: Callable[[Any], Any]
-
-
-class Key(NamedTuple):
-    """One key of the table."""
-
-    type: Any
-    rule: Rule
-    meaning: str
-
-
-def _number(kind: type[int] | type[float], least: float, most: int) -> Rule:
-    noun = "a whole number" if kind is int else "a number"
-
-    def read(value: Any) -> float:
-        # Not isinstance: a bool is an int to Python.
-        if type(value) not in (int, kind):
-            raise ValueError(f"{_shown(value)} is not {noun}")
-        if not least <= value <= most:
-            raise ValueError(f"{_shown(value)} is out of range")
-        return kind(value)
-
-    return Rule(f"{noun} from {f'{least:f}'.rstrip('0').rstrip('.')} to {most}", read)
-
-
-def _read_bool(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{_shown(value)} is neither true nor false")
-    return value
-
-
-def _strings(allowed: str, fault: Callable[[str], str], *, distinct: bool = False) -> Rule:
-    """An array; ``fault`` says what is wrong with an item, or "". Distinct: one at least."""
-
-    def read(items: Any) -> tuple[str, ...]:
-        if not isinstance(items, list):
-            raise ValueError(f"{_shown(items)} is not an array")
-        said = [(i, fault(i) if isinstance(i, str) else "is not a string") for i in items]
-        if distinct:
-            said += [(i, "is there already") for n, i in enumerate(items) if items.index(i) < n]
-        faults = [f"{_shown(item)} {what}" for item, what in said if what]
-        if faults or (distinct and not items):
-            raise ValueError(*faults or ["the array is empty"])
-        return tuple(items)
-
-    return Rule(allowed, read)
-
-
-def _vector_fault(name: str) -> str:
-    if name in VECTORS:
-        return ""
-    meant = _closest(name.upper(), VECTORS)
-    return "is no softirq vector" + (f" (did you mean {meant}?)" if meant else "")
-
-
-def _pattern_fault(pattern: str) -> str:
-    return "" if 1 <= len(pattern) <= 64 else f"has {len(pattern)} characters"
-
-
-_SWITCH = Rule("true or false", _read_bool)
-_VECTORS = _strings(
-    f"an array of one or more of {', '.join(VECTORS)}, none twice", _vector_fault, distinct=True
-)
-_PATTERNS = _strings(
-    "an array, maybe empty, of shell patterns of 1 to 64 characters", _pattern_fault
-)
+# A key of n dotted parts costs tomllib n² bytes of memory: of 64 KiB of dots, gigabytes.
+_MAX_DOTS = 256
+_QUEUE = "so many KiB of events may wait; further ones are dropped and counted"
 
 
 @dataclass(frozen=True)
@@ -107,15 +48,15 @@ class Detect:
 
     threshold_ms: Annotated[
         float,
-        _number(float, 1, MAX_THRESHOLD_MS),
+        number(float, 1, MAX_THRESHOLD_MS),
         "work that waits this many milliseconds is a stall",
     ] = 10.0
-    vectors: Annotated[tuple[str, ...], _VECTORS, "the softirq vectors that are watched"] = tuple(
-        name for name in VECTORS if name not in ("SCHED", "RCU")
+    vectors: Annotated[tuple[str, ...], VECTOR_NAMES, "the softirq vectors that are watched"] = (
+        tuple(name for name in VECTORS if name not in ("SCHED", "RCU"))
     )
     kthreads: Annotated[
         tuple[str, ...],
-        _PATTERNS,
+        PATTERNS,
         "kernel threads whose wait for a CPU is watched, by name; ksoftirqd/* always is",
     ] = (
         "ksoftirqd/*",
@@ -127,15 +68,15 @@ class Detect:
         "irq/*",
     )
     max_samples: Annotated[
-        int, _number(int, 1, 64), "at most so many stack samples are taken of one stall"
+        int, number(int, 1, 64), "at most so many stack samples are taken of one stall"
     ] = 16
     lookback: Annotated[
         bool,
-        _SWITCH,
+        SWITCH,
         "what runs at every tick of a busy CPU is kept, to tell what ran before a stall",
     ] = True
     nmi_sampler: Annotated[
-        bool, _SWITCH, "stacks are sampled while interrupts are off too, where there is a PMU"
+        bool, SWITCH, "stacks are sampled while interrupts are off too, where there is a PMU"
     ] = True
 
 
@@ -145,14 +86,130 @@ class Storm:
 
     stalls_per_second: Annotated[
         int,
-        _number(int, 1, 1000),
+        number(int, 1, 1000),
         "further stalls of a CPU are counted in the kernel, not sent one by one",
     ] = 20
     identical_per_minute: Annotated[
         int,
-        _number(int, 1, 10_000),
+        number(int, 1, 10_000),
         "further identical stalls are folded into one `suppressed` event",
     ] = 5
+
+
+@dataclass(frozen=True)
+class StdoutSink:
+    """Standard output: under systemd that is the journal."""
+
+    enabled: Annotated[bool, SWITCH, "events are written to standard output"] = True
+    queue_kib: Annotated[int, QUEUE_KIB, _QUEUE] = 1024
+
+
+@dataclass(frozen=True)
+class FileSink:
+    """A file that events are appended to."""
+
+    path: Annotated[str, PATH, "the file; SIGHUP has it opened again, for logrotate"]
+    queue_kib: Annotated[int, QUEUE_KIB, _QUEUE] = 1024
+
+
+@dataclass(frozen=True)
+class TcpSink:
+    """A collector that takes JSON lines over TCP: Vector, Fluent Bit, Logstash, rsyslog."""
+
+    address: Annotated[str, ADDRESS, "where the collector listens"]
+    queue_kib: Annotated[int, QUEUE_KIB, _QUEUE] = 4096
+    tls: Annotated[bool, SWITCH, "the connection is encrypted, and the collector proves itself"] = (
+        False
+    )
+    tls_ca: Annotated[
+        str, OPTIONAL_PATH, "certificates that may vouch for the collector; none: the system's"
+    ] = ""
+    tls_name: Annotated[
+        str,
+        HOST,
+        "the name that the collector's certificate must have",
+    ] = ""
+    tls_cert: Annotated[
+        str, OPTIONAL_PATH, "our own certificate, for a collector that asks for one"
+    ] = ""
+    tls_key: Annotated[str, OPTIONAL_PATH, "the private key of our own certificate"] = ""
+
+    def faults(self, wrong: Set[str]) -> Iterable[str]:
+        """What does not fit together."""
+        if not self.tls and "tls" not in wrong:
+            for name in ("tls_ca", "tls_name", "tls_cert", "tls_key"):
+                if getattr(self, name):
+                    yield f"{name}: is given without TLS; set tls = true, or leave it out"
+        if wrong.isdisjoint({"tls_cert", "tls_key"}) and bool(self.tls_cert) != bool(self.tls_key):
+            lone, other = ("cert", "key") if self.tls_cert else ("key", "cert")
+            yield f"tls_{lone}: is given without tls_{other}; give both or neither"
+
+
+@dataclass(frozen=True)
+class SyslogSink:
+    """A syslog server that takes RFC 5424 messages."""
+
+    address: Annotated[
+        str,
+        SYSLOG,
+        "where the syslog server listens",
+    ]
+    facility: Annotated[str, FACILITY, "the facility of the messages"] = "daemon"
+    app_name: Annotated[
+        str,
+        WORD,
+        "the name of the program in the messages",
+    ] = "softirq-stalld"
+    queue_kib: Annotated[int, QUEUE_KIB, _QUEUE] = 4096
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Where events go, to any number of places at once."""
+
+    stdout: StdoutSink = StdoutSink()
+    file: tuple[FileSink, ...] = ()
+    tcp: tuple[TcpSink, ...] = ()
+    syslog: tuple[SyslogSink, ...] = ()
+
+    def faults(self, wrong: Set[str]) -> Iterable[str]:
+        """What does not fit together."""
+        if not (wrong or self.stdout.enabled or self.file or self.tcp or self.syslog):
+            yield "stdout.enabled: events would go nowhere; leave it true, or add another sink"
+        for section, key, names in (
+            ("file", "path", [sink.path for sink in self.file]),
+            ("tcp", "address", [sink.address for sink in self.tcp]),
+            ("syslog", "address", [sink.address for sink in self.syslog]),
+        ):
+            # A wrong one stands as None.
+            places = [place(name) if name else None for name in names]
+            for n, (name, at) in enumerate(zip(names, places, strict=True)):
+                if at is not None and at in places[:n]:
+                    fault = f"{tables.shown(name)} is there already; name each {key} once"
+                    yield f"{section}[{n + 1}].{key}: {fault}"
+
+
+@dataclass(frozen=True)
+class Live:
+    """The socket at which `softirq-stalld tail` asks for live events."""
+
+    enabled: Annotated[bool, SWITCH, "live events are served"] = True
+    socket: Annotated[
+        str,
+        SOCKET,
+        "the unix socket; its directory must exist",
+    ] = DEFAULT_SOCKET
+    group: Annotated[
+        str,
+        GROUP,
+        "who may tail besides our own user; if there is no such group, only our own",
+    ] = "softirq-stalld"
+    max_clients: Annotated[int, number(int, 1, 1000), "so many may tail at once"] = 64
+    queue_kib: Annotated[
+        int,
+        number(int, 64, 65_536),
+        "so many KiB of events may wait for one client; then it loses some, and is told how many",
+    ] = 512
 
 
 @dataclass(frozen=True)
@@ -161,14 +218,32 @@ class Config:
 
     detect: Detect = Detect()
     storm: Storm = Storm()
+    sinks: Sinks = Sinks()
+    live: Live = Live()
+
+    def faults(self, wrong: Set[str]) -> Iterable[str]:
+        """What does not fit together."""
+        names = [*(s.path for s in self.sinks.file), *(s.address for s in self.sinks.syslog)]
+        taken = {place(name) for name in names if name}
+        if self.live.enabled and "live" not in wrong and place(self.live.socket) in taken:
+            shown = tables.shown(self.live.socket)
+            yield f"live.socket: {shown} is where a sink sends events; give another path"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one run goes by. ``duration_s`` None: until stopped."""
+    """What one run goes by.
+
+    Attributes:
+        duration_s: how long to detect; None: until stopped.
+        style: how events are written to standard output: ``json`` or ``text``.
+        source: the configuration file, for people.
+    """
 
     config: Config = Config()
     duration_s: float | None = None
+    style: str = "json"
+    source: str = str(DEFAULT_PATH)
 
     @property
     def threshold_ms(self) -> float:
@@ -181,13 +256,9 @@ class Settings:
         return round(self.threshold_ms * 1e6)
 
 
-def keys(section: type = Config, prefix: str = "") -> dict[str, Key]:
+def keys() -> dict[str, Key]:
     """All keys by their dotted names, in the order of the table."""
-    found: dict[str, Key] = {}
-    for name, entry in _entries(section).items():
-        dotted = prefix + name
-        found |= {dotted: entry} if isinstance(entry, Key) else keys(entry, f"{dotted}.")
-    return found
+    return tables.keys(Config)
 
 
 def load(path: Path | None, default: Path = DEFAULT_PATH) -> Config:
@@ -197,6 +268,7 @@ def load(path: Path | None, default: Path = DEFAULT_PATH) -> Config:
         ConfigError: the file cannot be read, or what :func:`parse` finds.
     """
     chosen = default if path is None else path
+    name = printable(os.fsencode(chosen).decode(errors="backslashreplace"))
     try:
         with chosen.open("rb") as file:
             text = file.read(_MAX_BYTES + 1)
@@ -204,11 +276,11 @@ def load(path: Path | None, default: Path = DEFAULT_PATH) -> Config:
         if path is None and isinstance(error, FileNotFoundError):
             return Config()
         raise ConfigError(
-            f"{chosen}: cannot be read: {error.strerror}; it must be a file that this user may read"
+            f"{name}: cannot be read: {error.strerror}; it must be a file that this user may read"
         ) from None
     if len(text) > _MAX_BYTES:  # A device or a log, named by mistake.
-        raise ConfigError(f"{chosen}: no configuration has over {_MAX_BYTES} bytes; shorten it")
-    return parse(text, str(chosen))
+        raise ConfigError(f"{name}: no configuration has over {_MAX_BYTES} bytes; shorten it")
+    return parse(text, name)
 
 
 def parse(text: bytes, name: str) -> Config:
@@ -218,68 +290,32 @@ def parse(text: bytes, name: str) -> Config:
         ConfigError: all that is wrong. Sections that are unknown are not looked into.
     """
     try:
-        tables = tomllib.loads(text.decode("utf-8-sig"))
+        decoded = text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{name}: line {line} is not UTF-8; save it in that encoding") from None
+    for n, line_text in enumerate(decoded.split("\n"), 1):
+        if line_text.count(".") > _MAX_DOTS and not line_text.lstrip().startswith("#"):
+            raise ConfigError(f"{name}: line {n} has over {_MAX_DOTS} dots; break it up")
+    try:
+        document = tomllib.loads(decoded)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{name}: not valid TOML: {error}; correct it there") from None
+        fault = _shortened(str(error))
+        raise ConfigError(f"{name}: not valid TOML: {fault}; correct it there") from None
     except (ValueError, RecursionError):
         raise ConfigError(f"{name}: too many digits or brackets in a row; shorten it") from None
     errors: list[str] = []
-    config: Config = _read(Config, tables, "", errors)
+    config: Config = tables.read(Config, document, errors)
     if errors:
         raise ConfigError(*(f"{name}: {error}" for error in errors))
     return config
 
 
-def _entries(section: type) -> dict[str, Any]:
-    """Name → :class:`Key`, or the dataclass of a section."""
-    hints = get_type_hints(section, include_extras=True)
-    return {name: Key(*get_args(hint)) if get_args(hint) else hint for name, hint in hints.items()}
+def printable(text: str) -> str:
+    """For messages: what a terminal might obey, or cannot show, stands as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _read(section: type, table: dict[str, Any], prefix: str, errors: list[str]) -> Any:
-    """The section that ``table`` holds, with defaults for what is left out or wrong."""
-    entries = _entries(section)
-    values = {}
-    for name, value in table.items():
-        dotted = prefix + (name if re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name) else _shown(name))
-        entry = entries.get(name)
-        if entry is None:
-            errors.append(f"{dotted}: {_unknown(dotted, value, entries)}")
-        elif isinstance(entry, Key):
-            try:
-                values[name] = entry.rule.read(value)
-            except ValueError as refused:
-                remedy = f"give {entry.rule.allowed} ({entry.meaning})"
-                errors += [f"{dotted}: {fault}; {remedy}" for fault in refused.args]
-        elif isinstance(value, dict):
-            values[name] = _read(entry, value, f"{dotted}.", errors)
-        else:
-            errors.append(f"{dotted}: {_shown(value)} is no section; begin it with [{dotted}]")
-    return section(**values)
-
-
-def _unknown(dotted: str, value: Any, entries: Iterable[str]) -> str:
-    kind, known = "key", set(keys())
-    if isinstance(value, dict):
-        kind, known = "section", {name.rpartition(".")[0] for name in known}
-    meant = _closest(dotted.lower(), known)
-    return f"unknown {kind}; " + (
-        f"did you mean {meant}?" if meant else f"known here: {', '.join(entries)}"
-    )
-
-
-def _closest(word: str, known: Iterable[str]) -> str:
-    return "".join(difflib.get_close_matches(word[:100], known, 1))
-
-
-def _shown(value: object) -> str:
-    """A TOML value for a message: short, on one line."""
-    if isinstance(value, dict | list):
-        return "a table" if isinstance(value, dict) else "an array"
-    if isinstance(value, int) and abs(value) >= 1 << 63:
-        return "a number beyond 64 bits"
-    text = repr(value) if isinstance(value, float) else json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _shortened(text: str) -> str:
+    """With its end: there the parser says where."""
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-60:]}"

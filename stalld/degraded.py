@@ -9,6 +9,8 @@ from stalld.sinks.sink import Trouble
 Told = tuple[str, events.Event]
 """Level, and the fields of the event."""
 
+ERRORS_TOLD = 10
+"""Of a bad configuration file; `check --config` tells all."""
 _WAIT = "events wait in its queue; when that is full, new ones are dropped and counted"
 _DEAD = "events do not reach it any more"
 
@@ -35,7 +37,8 @@ def configuration(name: str, errors: tuple[str, ...]) -> Told:
     """A file was to be read again, and has errors; without errors: it has none any more."""
     if not errors:
         return _told("info", "configuration", name, "ended", "it is valid", "none any more")
-    reason = "; ".join(errors)
+    more = len(errors) - ERRORS_TOLD
+    reason = "; ".join(errors[:ERRORS_TOLD]) + (f"; and {more} more" if more > 0 else "")
     return _told(
         "warning", "configuration", name, "begun", reason, "the settings of before stay in force"
     )

@@ -23,6 +23,7 @@ class PatientStream:
         self.left_out = 0
         self._socket: socket.socket | None = None
         self._fd = fd
+        self._own = False
         if fd < 0:
             return
         kind = os.fstat(fd).st_mode
@@ -33,6 +34,7 @@ class PatientStream:
             # one that nobody reads, is taken as it is.
             with suppress(OSError):
                 self._fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+                self._own = True
 
     def write(self, text: str) -> int:
         """Write a line if that can be done at once."""
@@ -52,6 +54,13 @@ class PatientStream:
 
     def flush(self) -> None:
         """Nothing is kept."""
+
+    def close(self) -> None:
+        """Let go of what was opened besides the given descriptor."""
+        if self._socket is not None:
+            self._socket.close()
+        elif self._own:
+            os.close(self._fd)
 
 
 def open_log(stream: TextIO | None) -> FilteringBoundLogger:

@@ -15,9 +15,11 @@ from stalld.decode import TICK, decode_tick
 from stalld.records import COMM_LEN, LOOKBACK_RINGS, LOOKBACK_SAMPLES, NAPI_SLOTS, TickSample
 from stalld.state import Maps, map_array, map_memory
 
-# tick_sample.time_ns
+# tick_sample.time_ns, of one sample and of all in a CPU's rings.
 _TIME = struct.Struct("=Q")
-_RINGS_BYTES = LOOKBACK_RINGS * LOOKBACK_SAMPLES * TICK.size
+_SAMPLES = LOOKBACK_RINGS * LOOKBACK_SAMPLES
+_TIMES = struct.Struct("=" + f"Q{TICK.size - _TIME.size}x" * _SAMPLES)
+_RINGS_BYTES = _SAMPLES * TICK.size
 
 
 class NapiSlot(ctypes.Structure):
@@ -57,7 +59,7 @@ class Ticks(Sequence[TickSample]):
 
     def __init__(self, rings: bytes) -> None:
         self._rings = rings
-        times = ((*_TIME.unpack_from(rings, at), at) for at in range(0, len(rings), TICK.size))
+        times = zip(_TIMES.unpack(rings), range(0, _RINGS_BYTES, TICK.size), strict=True)
         # A sample's time is 0 while it is written, and where there never was one.
         self._places = [at for time_ns, at in sorted(times) if time_ns]
 

@@ -28,6 +28,8 @@ from stalld.probe.protocol import NMI_SAMPLER, NO_NMI
 from stalld.reader import PerfReader, online_cpus
 from stalld.upkeep import Upkeep, load_kallsyms, return_memory
 
+ERRORS_LOGGED = 20
+"""Of a bad configuration file; `check --config` tells all."""
 STATUS_EVERY_S = 1.0
 """The service manager is told no more often how it goes."""
 
@@ -218,7 +220,7 @@ class Service:
             settings = await asyncio.to_thread(self._read_settings)
         except ConfigError as error:
             self._misconfigured = True
-            for line in error.args:
+            for line in error.args[:ERRORS_LOGGED]:
                 self._log.error("not reloaded", reason=line)
             self._output.emit("degraded", *degraded.configuration(name, error.args))
             return

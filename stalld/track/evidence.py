@@ -146,8 +146,8 @@ def main_observation(stall: Stall) -> Observation | None:
 
 def _most_seen(observations: list[Observation]) -> Observation | None:
     """A sample stands for the time since the one before, as their spacing grows."""
-    if not observations:
-        return None
+    if len(observations) < 2:
+        return observations[0] if observations else None
     tasks: Counter[int] = Counter()
     paths: Counter[tuple[int, tuple[str, ...]]] = Counter()
     before_ns = observations[0].record.started_ns

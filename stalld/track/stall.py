@@ -136,7 +136,9 @@ class Tracker:
         host = self._host
         first = phase is Phase.ONGOING and stall.ongoing == 1
         if not first:
-            stall.meanwhile = host.ticks(stall.cpu)
+            # What one record opened and closed has just been looked at.
+            opened_now = stall.closing is not None and not stall.observations
+            stall.meanwhile = stall.before if opened_now else host.ticks(stall.cpu)
         stall.polled = host.polled(stall.cpu, stall.seq)
         serves_inline = host.serves_inline()
         verdict = decide(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from ctypes import c_char_p, c_int, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 from typing import Self
@@ -59,6 +61,12 @@ class _TestRunOpts(ctypes.Structure):
     )
 
 
+class _MapInfo(ctypes.Structure):
+    """``struct bpf_map_info`` up to the name."""
+
+    _fields_ = (*((f"word{n}", c_uint32) for n in range(6)), ("name", ctypes.c_char * 16))
+
+
 _Print = ctypes.CFUNCTYPE(c_int, c_int, c_void_p, c_void_p)
 
 _POINTERS = {
@@ -73,6 +81,9 @@ _INTEGERS = {
     "bpf_program__fd": (c_void_p,),
     "bpf_program__set_autoload": (c_void_p, ctypes.c_bool),
     "bpf_map__fd": (c_void_p,),
+    "bpf_map__reuse_fd": (c_void_p, c_int),
+    "bpf_map_get_fd_by_id": (c_uint32,),
+    "bpf_obj_get_info_by_fd": (c_int, c_void_p, c_void_p),
     "bpf_map_lookup_elem": (c_int, c_void_p, c_void_p),
     "bpf_map_update_elem": (c_int, c_void_p, c_void_p, ctypes.c_uint64),
     "bpf_prog_test_run_opts": (c_int, c_void_p),
@@ -117,23 +128,65 @@ class _Library:
         return InjectorError(message)
 
 
+@functools.cache
+def _library() -> _Library:
+    return _Library()
+
+
+def process_map(pid: int, name: str) -> int:
+    """A descriptor, to be closed, of the map of that name that a process has one of.
+
+    Raises:
+        InjectorError: it has none.
+        UnsupportedError: we may not have it: CAP_SYS_ADMIN is missing.
+    """
+    lib = _library()
+    for map_id in _map_ids(pid):
+        fd: int = lib.so.bpf_map_get_fd_by_id(map_id)
+        if fd == -errno.ENOENT:
+            continue  # it has gone meanwhile
+        if fd < 0:
+            raise lib.fail(f"cannot open the map {map_id}", -fd)
+        info, size = _MapInfo(), c_uint32(ctypes.sizeof(_MapInfo))
+        error = lib.so.bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size))
+        if not error and info.name == name.encode():
+            return fd
+        os.close(fd)
+        if error:
+            raise lib.fail(f"cannot ask after the map {map_id}", -error)
+    raise InjectorError(f"process {pid} has no BPF map {name}")
+
+
+def _map_ids(pid: int) -> set[int]:
+    found = set()
+    for path in Path(f"/proc/{pid}/fdinfo").glob("*"):
+        try:
+            text = path.read_text()
+        except FileNotFoundError:
+            continue  # it was closed meanwhile
+        found |= {int(number) for number in re.findall(r"^map_id:\s*(\d+)$", text, re.MULTILINE)}
+    return found
+
+
 class BpfObject:
     """A loaded BPF object. Closing it detaches and frees everything but tc filters.
 
     Args:
         path: the compiled object.
         programs: those to load; None for all.
+        reused: name → descriptor of maps that take the place of its own; the caller's to close.
 
     Raises:
         UnsupportedError: this kernel refuses it; the message holds the verifier's log.
     """
 
-    _library: _Library | None = None
-
-    def __init__(self, path: Path, programs: Sequence[str] | None = None) -> None:
-        if BpfObject._library is None:
-            BpfObject._library = _Library()
-        self._lib = BpfObject._library
+    def __init__(
+        self,
+        path: Path,
+        programs: Sequence[str] | None = None,
+        reused: Mapping[str, int] | None = None,
+    ) -> None:
+        self._lib = _library()
         self._so = self._lib.so
         self._lib.said = []
         self._links: list[int] = []
@@ -143,6 +196,9 @@ class BpfObject:
         try:
             if programs is not None:
                 self._load_only(programs)
+            for name, fd in (reused or {}).items():
+                if error := self._so.bpf_map__reuse_fd(self._map(name), fd):
+                    raise self._lib.fail(f"cannot reuse a map as {name}", -error)
             if error := self._so.bpf_object__load(self._object):
                 raise self._lib.fail(f"cannot load {programs or path.name}", -error)
         except InjectorError:
@@ -164,10 +220,13 @@ class BpfObject:
 
     def map_fd(self, name: str) -> int:
         """Descriptor of a map, ours to use until :meth:`close`."""
-        bpf_map = self._so.bpf_object__find_map_by_name(self._object, name.encode())
+        return int(self._so.bpf_map__fd(self._map(name)))
+
+    def _map(self, name: str) -> int:
+        bpf_map: int | None = self._so.bpf_object__find_map_by_name(self._object, name.encode())
         if not bpf_map:
             raise InjectorError(f"no map {name}")
-        return int(self._so.bpf_map__fd(bpf_map))
+        return bpf_map
 
     def update(self, map_fd: int, index: int, value: bytes) -> None:
         """Set an array element; ``value`` has exactly the map's value size."""

@@ -40,6 +40,12 @@ class Files:
             f"storm.stalls_per_second = 1000\nstorm.identical_per_minute = 10000\n{text}\n{sink}"
         )
 
+    def wait_for_start(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until the file says that everything is attached."""
+        until(lambda: self.events.exists() or process.poll() is not None, 60)
+        until(lambda: process.poll() is not None or self.told("started"))
+        assert process.poll() is None
+
     def told(self, event: str) -> list[dict[str, Any]]:
         """Events of that name in the file so far."""
         lines = self.events.read_bytes().split(b"\n")[:-1]
@@ -70,7 +76,7 @@ def reload(daemon: Daemon, said: str) -> None:
 
 
 def started(arguments: list[str], **settings: Any) -> subprocess.Popen[bytes]:
-    """A daemon whose standard output is a full pipe from the first moment on that nobody reads."""
+    """A daemon, without a wait for its first event."""
     return subprocess.Popen([COMMAND, "run", *arguments], **settings)
 
 
@@ -103,11 +109,9 @@ def test_reader_that_never_reads(files: Files, stalls: tuple[Injector, Pressure]
     """It detects on, stops in time, and says how many events nobody took."""
     injector, pressure = stalls
     reading, writing = full_pipe()
-    process = started(
-        ["--config", str(files.config)], stdout=writing, stderr=subprocess.PIPE, text=True
-    )
+    process = started(["--config", str(files.config)], stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
-    until(lambda: files.events.exists() and files.told("started"), 60)
+    files.wait_for_start(process)
     injector.inject(Kind.BH_OFF, 50, pressure=pressure)
     until(lambda: any(e["phase"] == "resolved" for e in files.told("stall")))
     process.terminate()
@@ -115,7 +119,7 @@ def test_reader_that_never_reads(files: Files, stalls: tuple[Injector, Pressure]
     _, said = process.communicate(timeout=10)
     assert time.monotonic() - asked < STOP_S
     assert process.returncode == 0
-    assert "events could not be delivered" in said
+    assert b"events could not be delivered" in said
     (stopped,) = files.told("stopped")
     sinks = {sink["name"]: sink for sink in stopped["sinks"]}
     assert sinks["stdout"]["delivered"] == 0
@@ -129,7 +133,7 @@ def test_second_signal_forces(files: Files, number: signal.Signals) -> None:
     reading, writing = full_pipe()
     process = started(["--config", str(files.config)], stdout=writing)
     os.close(writing)
-    until(lambda: files.events.exists() and files.told("started"), 60)
+    files.wait_for_start(process)
     loaded = bpf_objects_of(process.pid)
     assert {kind for kind, _ in loaded} == {"prog", "map", "link"}
     process.send_signal(number)
@@ -262,6 +266,17 @@ def test_stdout_lost_and_a_file_left(files: Files, stalls: tuple[Injector, Press
     process.terminate()
     assert process.wait(5) == 0
     assert files.told("stopped")
+
+
+def test_stdout_not_wanted(files: Files) -> None:
+    """Events that go elsewhere need no standard output: it may be closed."""
+    files.write("sinks.stdout.enabled = false")
+    command = [COMMAND, "run", "--config", str(files.config), "--duration", "0.1"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len(files.told("started")) == len(files.told("stopped")) == 1
 
 
 def test_killed_child() -> None:

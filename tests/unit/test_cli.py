@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,19 +174,27 @@ def test_precedence(text: str, arguments: list[str], settings: Settings, tmp_pat
     path = tmp_path / "config.toml"
     path.write_text(text)
     parsed = cli._parser().parse_args(["run", "--config", str(path), *arguments])
-    assert cli._settings(parsed) == settings
+    assert cli._settings(parsed) == replace(settings, source=str(path))
 
 
-def test_events_without_stdout() -> None:
+def test_events_without_stdout(tmp_path: Path) -> None:
     """With standard output closed the command says so and does not start."""
+    path = tmp_path / "config.toml"
+    path.write_text("")
     done = subprocess.run(
-        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "stalld.cli", "run"],
+        [
+            *("sh", "-c", 'exec "$@" >&-', "sh"),
+            *(sys.executable, "-m", "stalld.cli", "run", "--config", str(path)),
+        ],
         capture_output=True,
         text=True,
         timeout=30,
     )
     assert done.returncode == 2
-    assert done.stderr == ("softirq-stalld: standard output is closed: events have nowhere to go\n")
+    assert done.stderr == (
+        f"softirq-stalld: {path}: sinks.stdout.enabled: standard output is closed, so events have "
+        "nowhere to go; open it, or set this to false and name another sink\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -739,9 +739,11 @@ def test_degraded(told: degraded.Told, level: str, state: str) -> None:
 
 
 def test_all_errors_are_told() -> None:
-    """A file's errors stand in one event."""
+    """A file's errors stand in one event, as far as people will read them."""
     _, fields = degraded.configuration("F", ("F: a: unknown", "F: b: wrong"))
     assert fields["reason"] == "F: a: unknown; F: b: wrong"
+    _, fields = degraded.configuration("F", ("F: a: unknown",) * 12)
+    assert fields["reason"].endswith("; F: a: unknown; and 2 more")
 
 
 def test_gap() -> None:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from stalld.records import VECTORS, Source
-from stalld.service import EXPIRE_EVERY_S
 from stalld.state import StallState
 from stalld.track.model import Ended, Observation, Phase, Update
 from stalld.track.stall import CLOSE_GRACE_NS, MAX_ONGOING, RING_PERIOD_NS, Tracker
 from stalld.track.verdict import Verdict
+from stalld.upkeep import EXPIRE_EVERY_S
 from tests.unit.make import (
     MS,
     T0,
