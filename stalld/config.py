@@ -313,7 +313,8 @@ def parse(text: bytes, name: str) -> Config:
 
 def printable(text: str) -> str:
     """For messages: what a terminal might obey, or cannot show, stands as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    valid = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in valid)
 
 
 def _shortened(text: str) -> str:
