@@ -1,0 +1,1 @@
+"""``softirq-stalld tail``: live events for people at a terminal, and for programs."""
