@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from abc import abstractmethod
 
 from stalld.sinks.sink import Context, Sink
@@ -11,6 +12,8 @@ from stalld.sinks.sink import Context, Sink
 RETRY_S = 1.0
 """After a failure it tries again this often."""
 CHUNK_BYTES = 262_144
+BATCH_S = 0.005
+"""After a line that came alone it waits so long for company: a storm is written in few calls."""
 
 
 class ThreadSink(Sink):
@@ -70,7 +73,9 @@ class ThreadSink(Sink):
             ok = self._write_all()
             if closing:
                 break
-            if not ok:
+            if ok:
+                time.sleep(BATCH_S)
+            else:
                 # Woken by lines meanwhile, it would try for each of them in vain.
                 self._rest()
                 self._wake.set()
