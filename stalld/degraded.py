@@ -13,13 +13,14 @@ ERRORS_TOLD = 10
 """Of a bad configuration file; `check --config` tells all."""
 _WAIT = "events wait in its queue; when that is full, new ones are dropped and counted"
 _DEAD = "events do not reach it any more"
+_CLOSED = "nobody new can watch live events"
 
 
 def sink(trouble: Trouble) -> Told:
     """A sink cannot deliver, or can again."""
     if trouble.over:
         return _told("info", "sink", trouble.sink, "ended", trouble.reason, "none any more")
-    effect = _DEAD if trouble.sink == "stdout" else _WAIT
+    effect = {"stdout": _DEAD, "live": _CLOSED}.get(trouble.sink.split()[0], _WAIT)
     return _told("warning", "sink", trouble.sink, "begun", trouble.reason, effect)
 
 

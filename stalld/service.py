@@ -246,7 +246,7 @@ class Service:
     def _hello(self) -> events.Event:
         """What each client of the live socket is told first."""
         return {
-            "instance": self._detector.instance,
+            "run": self._detector.instance,
             "version": __version__,
             "kernel": platform.release(),
             "threshold_ms": self._settings.threshold_ms,

@@ -168,7 +168,8 @@ class LiveSink(Sink):
         super().__init__(f"live {live.socket}", 0, context)
         self._live = live
         self._hello = hello
-        # One sink, one history: a client that knows the instance has missed nothing before it.
+        # Of this sink, not of the daemon: with other settings there is a new one, and a history
+        # that begins where the old one ended.
         self._instance = os.urandom(8).hex()
         self._history = _History()
         # Held for moments: between history and live lines nothing may slip through.
@@ -374,7 +375,7 @@ class LiveSink(Sink):
         client.greet(self._greeting(len(lines), forgotten))
 
     def _greeting(self, replayed: int, forgotten: int) -> bytes:
-        hello = {"live": PROTOCOL, "instance": self._instance, **self._hello()}
+        hello = {"live": PROTOCOL, **self._hello(), "instance": self._instance}
         hello |= {"clients": self.clients, "replayed": replayed, "forgotten": forgotten}
         return orjson.dumps(hello) + b"\n"
 
