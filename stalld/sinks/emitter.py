@@ -91,10 +91,13 @@ def _line(event: Mapping[str, Any]) -> bytes:
 
 def _dumps(event: Mapping[str, Any]) -> bytes:
     try:
-        return orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE)
+        line = orjson.dumps(event)
     except orjson.JSONEncodeError:
         # A path, say, with bytes that are no UTF-8.
-        return orjson.dumps(_cut(event, sys.maxsize, sys.maxsize), option=orjson.OPT_APPEND_NEWLINE)
+        line = orjson.dumps(_cut(event, sys.maxsize, sys.maxsize))
+    # Not OPT_APPEND_NEWLINE: orjson's own object keeps its whole buffer, some 8 KiB, and lines
+    # that wait are many.
+    return line + b"\n"
 
 
 def _cut(value: Any, characters: int, items: int) -> Any:
