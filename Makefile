@@ -11,10 +11,14 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= /usr/bin/python3
 # Arguments for `make run` and `make test`.
 ARGS ?=
+# Where `make install` puts things, below DESTDIR.
+PREFIX ?= /usr
+LIBDIR = $(PREFIX)/lib/softirq-stalld
+UNITDIR = /usr/lib/systemd/system
 
 RUNTIME_PACKAGES := python3-bpfcc libbpf1 python3-venv
 TEST_PACKAGES := clang-14 libbpf-dev linux-libc-dev bpftool iproute2 iputils-ping \
-	libbpf-tools procps gcc libc6-dev systemd rsyslog logrotate openssl
+	libbpf-tools procps gcc libc6-dev systemd rsyslog rsyslog-openssl logrotate openssl
 
 # Keep packages of the caller's home and shell out of the environment we pin.
 export PYTHONNOUSERSITE := 1
@@ -48,7 +52,7 @@ endef
 need_root = $(if $(filter 0,$(shell id -u)),,$(error `make $(1)` loads BPF programs \
 	and needs root: run it with sudo or in a root shell))
 
-.PHONY: help setup run test check demo bench-fidelity clean
+.PHONY: help setup run test check demo bench-fidelity install uninstall clean
 .PHONY: root-run root-test root-demo root-bench-fidelity packages test-packages
 
 help: ## list the targets
@@ -73,6 +77,37 @@ demo: root-demo setup test-packages .venv/.dev ## cause a bounded stall of each 
 
 bench-fidelity: root-bench-fidelity setup test-packages .venv/.dev ## 1,000 injected stalls: all found and told rightly?
 	@exec $(BIN)/python -m bench.fidelity --stalls 1000 $(ARGS)
+
+# The program is a directory of its own beside the distribution's packages, which it sees: bcc is
+# one of them. No virtual environment: that would know where it was made, and DESTDIR is not it.
+install: setup ## install for systemd; honours DESTDIR (for packages) and PREFIX (/usr)
+	@rm -rf build/wheel '$(DESTDIR)$(LIBDIR)'
+	@$(PIP) wheel --no-deps --wheel-dir build/wheel .
+	@$(PIP) install --no-compile --target '$(DESTDIR)$(LIBDIR)' build/wheel/*.whl
+	@rm -rf '$(DESTDIR)$(LIBDIR)/bin' '$(DESTDIR)$(LIBDIR)'/softirq_stalld-*.dist-info/direct_url.json
+	@$(BIN)/python -m compileall -q -s '$(DESTDIR)' -p / '$(DESTDIR)$(LIBDIR)'
+	@install -d '$(DESTDIR)$(PREFIX)/bin'
+	@printf '%s\n' '#!$(PYTHON) -sP' 'import sys' 'sys.path.insert(0, "$(LIBDIR)")' \
+		'from stalld.cli import main' 'sys.exit(main())' >'$(DESTDIR)$(PREFIX)/bin/softirq-stalld'
+	@chmod 755 '$(DESTDIR)$(PREFIX)/bin/softirq-stalld'
+	@install -D -m 644 systemd/softirq-stalld.service \
+		'$(DESTDIR)$(UNITDIR)/softirq-stalld.service'
+	@sed -i 's|/usr/bin/softirq-stalld|$(PREFIX)/bin/softirq-stalld|' \
+		'$(DESTDIR)$(UNITDIR)/softirq-stalld.service'
+	@install -D -m 644 systemd/softirq-stalld.sysusers \
+		'$(DESTDIR)/usr/lib/sysusers.d/softirq-stalld.conf'
+	@install -D -m 644 systemd/softirq-stalld.logrotate \
+		'$(DESTDIR)/etc/logrotate.d/softirq-stalld'
+	@[ -e '$(DESTDIR)/etc/softirq-stalld/config.toml' ] || \
+		install -D -m 644 systemd/config.toml '$(DESTDIR)/etc/softirq-stalld/config.toml'
+	@$(if $(DESTDIR),,echo 'Installed. Next: systemd-sysusers && systemctl daemon-reload &&' \
+		'systemctl enable --now softirq-stalld')
+
+uninstall: ## remove what `make install` put there, but not the configuration
+	@rm -rf '$(DESTDIR)$(LIBDIR)' '$(DESTDIR)$(PREFIX)/bin/softirq-stalld' \
+		'$(DESTDIR)$(UNITDIR)/softirq-stalld.service' \
+		'$(DESTDIR)/usr/lib/sysusers.d/softirq-stalld.conf' \
+		'$(DESTDIR)/etc/logrotate.d/softirq-stalld'
 
 clean: ## remove everything made here
 	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

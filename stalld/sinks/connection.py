@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import socket
+import struct
 import sys
 import termios
 import time
@@ -23,14 +24,16 @@ LOOK_EVERY_S = 1.0
 """How often to look what the other side has acknowledged; putting a line looks too."""
 STUCK_S = 10.0
 """When so long nothing is acknowledged of what waits, it is told."""
+SILENT_S = 30.0
+"""A peer that so long does not answer what it is sent is gone. This is looked after here and not
+by TCP_USER_TIMEOUT, which would also break the connection to a collector that answers and only
+has no room for so long."""
 STEADY_S = 10.0
 """When a connection has lasted so long, the next is tried without much delay again."""
 _CHUNK_BYTES = 65_536
 _RECEIVE_BYTES = 4096
-# The kernel gives up on a peer that takes nothing for 30 s while data waits, or that is silent
-# for a minute while none does.
-_TIMERS = (
-    (socket.TCP_USER_TIMEOUT, 30_000),
+# The kernel gives up on a peer that is silent for a minute, while no data waits.
+_KEEPALIVE = (
     (socket.TCP_KEEPIDLE, 30),
     (socket.TCP_KEEPINTVL, 10),
     (socket.TCP_KEEPCNT, 3),
@@ -38,6 +41,10 @@ _TIMERS = (
 # TIOCOUTQ is SIOCOUTQ for a socket. TCP: what was written less what was acknowledged (also after
 # a reset, which leaves both as they were). Unix: at least what has not been read.
 _OUTQ = termios.TIOCOUTQ
+
+# struct tcp_info (include/uapi/linux/tcp.h): retransmits and window probes not answered, and
+# milliseconds since anything was acknowledged.
+_TCP_INFO = struct.Struct("=2xBB52xI")
 
 _FIREWALL = "does a firewall, or IPAddressDeny= in our systemd unit, forbid it?"
 _REMEDIES = {
@@ -50,6 +57,8 @@ _REMEDIES = {
     errno.EADDRNOTAVAIL: "is the address right, and is there a route to it?",
     errno.ETIMEDOUT: f"is the host up? If so, {_FIREWALL}",
     errno.EPERM: _FIREWALL,
+    errno.EAFNOSUPPORT: "the systemd unit lets nothing out: add a drop-in with "
+    "RestrictAddressFamilies=AF_INET AF_INET6 and IPAddressAllow=ADDRESS",
     errno.EPROTOTYPE: "is this the socket of a syslog server?",
     errno.EACCES: "may our user write there? If so, " + _FIREWALL,
     errno.EAGAIN: "the server takes no more connections: is it stuck?",
@@ -281,6 +290,7 @@ class ConnectionSink(DescriptorSink):
         assert self._lost is not None
         loop = self.context.loop
         delivered, moved = self.stats().delivered, loop.time()
+        silent = False
         while not self._lost.done():
             await asyncio.wait([self._lost], timeout=LOOK_EVERY_S)
             if self._lost.done():
@@ -295,7 +305,19 @@ class ConnectionSink(DescriptorSink):
                 reason = f"{self.place} takes no more events: is the collector stuck?"
                 self.in_trouble(f"{reason} {self._kept}")
             delivered = now_delivered
+            # Twice: a probe may be on its way just now.
+            was_silent, silent = silent, self._is_silent()
+            if was_silent and silent:
+                return LostError(f"{self.place} answers no more: {_REMEDIES[errno.ETIMEDOUT]}")
         return self._lost.result()
+
+    def _is_silent(self) -> bool:
+        connection = self._socket
+        if connection is None or connection.family == socket.AF_UNIX:
+            return False
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        retransmits, probes, acknowledged_ms_ago = _TCP_INFO.unpack(info)
+        return bool(retransmits or probes) and acknowledged_ms_ago >= SILENT_S * 1000
 
     def _readable(self) -> None:
         with self._io:
@@ -367,7 +389,7 @@ async def dial_tcp(host: str, port: int, place: str) -> socket.socket:
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in _TIMERS:
+            for option, value in _KEEPALIVE:
                 connection.setsockopt(socket.IPPROTO_TCP, option, value)
             async with asyncio.timeout(CONNECT_S):
                 await loop.sock_connect(connection, address)

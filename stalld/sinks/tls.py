@@ -58,6 +58,7 @@ class Tls:
         secured = connection
         try:
             with self._told():
+                self._check_name()
                 secured = self._context().wrap_socket(
                     connection, server_hostname=self._name, do_handshake_on_connect=False
                 )
@@ -93,6 +94,13 @@ class Tls:
         assert isinstance(connection, ssl.SSLSocket)
         with suppress(OSError, ValueError):
             connection.unwrap()
+
+    def _check_name(self) -> None:
+        # Told by wrap_socket() too, which forgets to close the connection then.
+        try:
+            self._name.encode("idna")
+        except UnicodeError as error:
+            raise LostError(f"{self._place}: is {self._name} a host name? {error}.") from None
 
     def _context(self) -> ssl.SSLContext:
         settings = self._settings

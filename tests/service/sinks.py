@@ -1,0 +1,147 @@
+"""One sink in a real event loop, with events put from another thread under a lock."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Self
+
+import uvloop
+
+from stalld.events import rfc3339
+from stalld.sinks.outbox import Gap, Stats
+from stalld.sinks.sink import Context, Sink, Trouble
+
+CLOSE_S = 1.0
+
+
+def wait_until(true: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
+    """Fails when that does not come true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.01)
+
+
+class Running:
+    """The loop runs in a thread of its own; the test's thread is the reader's.
+
+    Args:
+        make: makes the sink.
+        plain: asyncio's own loop, not uvloop.
+    """
+
+    def __init__(self, make: Callable[[Context], Sink], *, plain: bool = False) -> None:
+        self._loop = asyncio.new_event_loop() if plain else uvloop.new_event_loop()
+        self.troubles: list[Trouble] = []
+        self.put_s: list[float] = []
+        self.count = 0
+        self._lock = threading.Lock()  # As the reader's.
+        self.sink = make(Context(self._loop, self.troubles.append, _tell_gap, time.time_ns))
+        self._thread = threading.Thread(target=self._run)
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._loop.call_soon_threadsafe(self.sink.open)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.close(0.0)
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()
+
+    def close(self, within_s: float = CLOSE_S) -> None:
+        """Close the sink as the service does."""
+        if not self._closed:
+            self._closed = True
+
+            async def close() -> None:
+                await self.sink.close(self._loop.time() + within_s)
+
+            asyncio.run_coroutine_threadsafe(close(), self._loop).result(within_s + 10)
+
+    def put(self, count: int = 1, padding: int = 0, pause_s: float = 0.0) -> list[dict[str, Any]]:
+        """Put numbered events, each with so many bytes more than it needs."""
+        events = []
+        for _ in range(count):
+            event = make_event(self.count, padding)
+            line = json.dumps(event).encode() + b"\n"
+            with self._lock:
+                began = time.perf_counter()
+                self.sink.put(line, event)
+                self.put_s.append(time.perf_counter() - began)
+            events.append(event)
+            self.count += 1
+            if pause_s:
+                time.sleep(pause_s)
+        return events
+
+    @property
+    def stats(self) -> Stats:
+        """The counts; they must always sum up."""
+        stats = self.sink.stats()
+        assert stats.delivered + stats.queued + stats.dropped == self.count
+        return stats
+
+    def wait_for_trouble(self, over: bool = False, timeout_s: float = 10.0) -> str:
+        """What was said when the latest trouble began, or ended."""
+        wait_until(
+            lambda: bool(self.troubles) and self.troubles[-1].over is over, "trouble", timeout_s
+        )
+        return self.troubles[-1].reason
+
+    def wait_delivered(self, count: int, timeout_s: float = 10.0) -> None:
+        """Until so many events are counted as delivered."""
+        with suppress(AssertionError):
+            wait_until(lambda: self.stats.delivered >= count, "", timeout_s)
+        assert self.stats.delivered >= count, (self.stats, self.troubles)
+
+
+def make_event(number: int, padding: int = 0) -> dict[str, Any]:
+    """An event as good as any, with what JSON must quote."""
+    return {
+        "timestamp": rfc3339(time.time_ns()),
+        "level": ("info", "warning", "error")[number % 3],
+        "event": "stall",
+        "schema": "softirq-stalld/1",
+        "host": "web-1",
+        "number": number,
+        "text": 'say "ö" \\ \n\t\u2028',
+        "half": 0.5,
+        "nothing": None,
+        "deep": {"list": [1, {"x": -2}], "empty": {}},
+        "padding": "x" * padding,
+    }
+
+
+def told_gaps(events: list[dict[str, Any]], count: int) -> int:
+    """How many events are missing of so many, as the lines say that stand in their places."""
+    following = missing = told = 0
+    for event in events:
+        if event["event"] == "degraded":
+            missing += event["dropped"]
+            told += event["dropped"]
+        else:
+            assert event["number"] == following + missing
+            following, missing = event["number"] + 1, 0
+    assert following == count
+    return told
+
+
+def _tell_gap(name: str, gap: Gap) -> bytes:
+    event = make_event(-1) | {"event": "degraded", "sink": name} | gap._asdict()
+    return json.dumps(event).encode() + b"\n"
