@@ -52,11 +52,16 @@ def check_stalls(daemon: Daemon) -> None:
 
 
 def explained(event: dict[str, Any]) -> bool:
-    """Whether a stall accuses nobody, or the kernel's own stopping of all CPUs, which is one."""
+    """Whether a stall accuses nobody, or somebody who really had a CPU.
+
+    While one CPU is away all work is on the others, this machine's other work too; and the
+    kernel itself stops all of them with interrupts off until the slowest has come
+    (multi_cpu_stop()).
+    """
     blocker = event["blocker"] or {"comm": ""}
-    # multi_cpu_stop(): interrupts are off everywhere until the slowest CPU has come.
     stopped = event["verdict"] == "irqs_disabled" and blocker["comm"].startswith("migration/")
-    return stopped or event["verdict"] in ("unknown", "vcpu_preempted")
+    crowded = event["verdict"] == "cpu_contention" and event["cpu"] != CPU
+    return stopped or crowded or event["verdict"] in ("unknown", "vcpu_preempted")
 
 
 def test_off_and_on(set_online: SetOnline) -> None:

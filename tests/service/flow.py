@@ -207,13 +207,18 @@ def _counted(path: Path) -> Counted:
             missing += event["dropped"]
             continue
         lines += 1
-        stalls += event["event"] == "stall" and event["blocker"]["comm"] == "synthetic"
+        stalls += event["event"] == "stall" and _is_ours(event)
     return Counted(stalls, lines, missing)
+
+
+def _is_ours(event: dict[str, Any]) -> bool:
+    # A busy machine has stalls of its own meanwhile.
+    return event["blocker"] is not None and event["blocker"]["comm"] == "synthetic"
 
 
 def _latency_ms(line: bytes) -> float | None:
     event = json.loads(line)
-    if event["event"] != "stall" or event["phase"] != "resolved":
+    if event["event"] != "stall" or not _is_ours(event):
         return None
     begun, made = (datetime.fromisoformat(event[key]) for key in ("started_at", "timestamp"))
     return (made - begun).total_seconds() * 1e3 - float(event["duration_ms"])
