@@ -161,7 +161,7 @@ static __always_inline u32 look(struct cpu_state *st, struct watch_config *cfg, 
 	oldest = oldest_overdue(st, cfg, now);
 	if (oldest && !(u32)bpf_get_current_pid_tgid() && !st->serving) {
 		/* An idle CPU has nothing pending: the service was not seen. */
-		__builtin_memset(st->raised, 0, sizeof(st->raised));
+		forget_raises(st);
 		nobody_waits(st);
 		oldest = 0;
 	}

@@ -24,6 +24,7 @@
 #define VEC_HRTIMER 8
 #define VEC_RCU 9
 #define VEC_COUNT 10
+#define VEC_PENDING 16 /* two words hold a byte for each */
 #define VEC_NONE 0xffffffffU
 
 #define COMM_LEN 16
@@ -41,6 +42,8 @@
 #define NAPI_SLOTS 16
 #define BUCKET_TASKS 4
 #define CPU_ANY 0xffffffffU
+/* In timed_mask: the threshold is long enough that less than a tick is brief. */
+#define BRIEF_BIT 31
 
 enum record_type {
 	RECORD_SAMPLE = 1, /* the stall goes on; this is what runs now */
@@ -112,24 +115,26 @@ struct waiter {
  * What one CPU knows about itself. Written by its own programs without locks
  * or atomics (waiters under its run queue's lock, so perhaps by another CPU),
  * read by user space through a shared mapping; user space writes only task
- * and pid of waiter KSOFTIRQD, threshold_ns and the masks. A multiple of 64 bytes, so that no two CPUs
- * share a cache line.
+ * and pid of waiter KSOFTIRQD, threshold_ns and the masks. A multiple of 64 bytes, so that
+ * no two CPUs share a cache line.
  */
 struct cpu_state {
 	u32 waiting; /* a bit per waiter */
 	u32 active; /* a stall goes on */
 	u64 running; /* the watched thread that has the CPU; 0: none has */
-	u32 running_pid;
 	u32 serving; /* vector in service plus 1; 0: none */
+	u32 timed_mask; /* vectors whose raises are timed, and BRIEF */
 	u64 serving_since;
-	u64 threshold_ns; /* as in watch_config: here for the hot path, 0: record nothing */
-	u32 vec_mask;
-	u32 timed_mask; /* vectors whose raises are timed */
-	u64 net_rx_runs;
-	u64 net_rx_ns;
+	/* Which of raised are not 0. Bytes: interrupts may come between a load and a store. */
+	u8 pending[VEC_PENDING];
+	u64 raise_jiffies; /* of the last raise that was timed, */
+	u64 jiffy_ns; /* and when the first in that jiffy was */
 	/* So far the first cache line; the next holds what a raise and its service touch. */
 	u64 raised[VEC_COUNT]; /* oldest raise not served yet; 0: none */
+	u64 threshold_ns; /* as in watch_config, for the rare part; 0: record nothing */
 	u64 net_rx_since;
+	u64 net_rx_runs;
+	u64 net_rx_ns;
 	u64 net_rx_max_ns;
 	u64 napi_polls; /* that found no slot, and those of slots given away */
 	u64 napi_packets;
@@ -170,8 +175,10 @@ struct cpu_state {
 	u32 napi_ifindex;
 	u32 napi_work;
 	u32 napi_budget;
+	u32 running_pid;
+	u32 vec_mask;
 	char napi_name[COMM_LEN];
-	u64 reserved[5];
+	u64 reserved[1];
 };
 
 /* One element, written by user space. threshold_ns 0: record nothing. */

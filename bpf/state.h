@@ -70,6 +70,20 @@ static __always_inline u64 age(u64 since, u64 now)
 	return at_least_zero(now - since) & -known;
 }
 
+/* Is any vector pending that is timed? */
+static __always_inline u64 any_raised(struct cpu_state *st)
+{
+	u64 *words = (u64 *)st->pending;
+
+	return words[0] | words[1];
+}
+
+static __always_inline void forget_raises(struct cpu_state *st)
+{
+	__builtin_memset(st->raised, 0, sizeof(st->raised));
+	__builtin_memset(st->pending, 0, sizeof(st->pending));
+}
+
 static __always_inline u64 service_age(struct cpu_state *st, u64 now)
 {
 	return st->serving ? age(st->serving_since, now) : 0;

@@ -26,6 +26,7 @@ VECTORS = (
 """Softirq names by number, as in ``/proc/softirqs`` and ``include/linux/interrupt.h``."""
 
 VEC_NONE = 0xFFFFFFFF
+VEC_PENDING = 16
 COMM_LEN = 16
 KERNEL_STACK_DEPTH = 127
 USER_STACK_DEPTH = 27
@@ -38,6 +39,7 @@ KSOFTIRQD = 0
 NAPI_SLOTS = 16
 BUCKET_TASKS = 4
 CPU_ANY = 0xFFFFFFFF
+BRIEF_BIT = 31
 PF_KTHREAD = 0x00200000
 PF_NO_SETAFFINITY = 0x04000000
 

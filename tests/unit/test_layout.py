@@ -80,7 +80,7 @@ def _enumerators() -> list[str]:
 def _members(struct_name: str) -> list[str]:
     found = re.search(rf"^struct {struct_name} {{\n(.*?)^}};", HEADER, re.MULTILINE | re.DOTALL)
     assert found, f"bpf/records.h has no struct {struct_name}"
-    types = r"(?:u32|s32|u64|char|struct \w+)"
+    types = r"(?:u8|u32|s32|u64|char|struct \w+)"
     members = re.findall(rf"^\t{types} (\w+)(?:\[\w+\])?;", found[1], re.MULTILINE)
     assert len(members) == found[1].count(";")
     return list(members)
@@ -188,6 +188,7 @@ SAME_NAME = (
     "NAPI_SLOTS",
     "BUCKET_TASKS",
     "CPU_ANY",
+    "BRIEF_BIT",
 )
 
 
@@ -199,6 +200,7 @@ def test_every_constant(compiled: dict[str, int]) -> None:
         | {
             "VEC_COUNT": len(records.VECTORS),
             "VEC_NONE": records.VEC_NONE,
+            "VEC_PENDING": records.VEC_PENDING,
             "ABI_VERSION": records.ABI_VERSION,
         }
         | {name: getattr(records, name) for name in SAME_NAME}
