@@ -147,7 +147,7 @@ class Update(NamedTuple):
     kernel_stack: tuple[str, ...]
     user_stack: tuple[int, ...]
     captured: str
-    lookback: tuple[Tick, ...] | None
+    lookback: Sequence[Tick] | None
     """What ran before, oldest first; None in the first line, which waits for nothing."""
     net: Net
     nmi: bool
