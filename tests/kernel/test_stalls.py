@@ -10,10 +10,11 @@ import pytest
 from tests.injector import Injector, Kind, KsoftirqdTruth, Mode, Pressure, Truth
 from tests.kernel.daemon import STALLED_CPU as CPU
 from tests.kernel.daemon import THRESHOLD_MS, Daemon, Event
+from tests.slowness import slow
 
 pytestmark = pytest.mark.kernel
 
-DELIVERY_MS = 5.0
+DELIVERY_MS = slow(5.0)
 """From the kernel's record to the line in our hands, on a busy machine."""
 
 

@@ -83,7 +83,14 @@ def test_host_name() -> None:
 
 @pytest.mark.parametrize(
     "hostile",
-    ["\udcff", "\n\r\x1b[2J\x00\x7f", "\u2028\u202e", "x" * (4 << 20), ["y" * 100] * 100_000, "é" * 40_000],
+    [
+        "\udcff",
+        "\n\r\x1b[2J\x00\x7f",
+        "\u2028\u202e",
+        "x" * (4 << 20),
+        ["y" * 100] * 100_000,
+        "é" * 40_000,
+    ],
 )
 def test_hostile_values(hostile: object) -> None:
     """Whatever a value holds, the line is one line of valid JSON that journald takes whole."""
