@@ -129,13 +129,18 @@ class Daemon:
         resolved = max(self.stalls("resolved"), key=lambda e: overlap(e, truth))
         return [e for e in self.stalls() if e["stall_id"] == resolved["stall_id"]]
 
+    def parse(self, line: bytes) -> Event:
+        """A line as an event; it is held against the schema."""
+        return schema.parse(line)
+
     def _read(self) -> None:
         assert self.process.stdout is not None
         # Not where the stalls are: we want to know when a line came, not when we could look.
         os.sched_setaffinity(0, os.sched_getaffinity(0) - {STALLED_CPU} or {STALLED_CPU})
         for line in self.process.stdout:
-            event = schema.parse(line.encode())
-            event["read_ns"] = time.monotonic_ns()
+            read_ns = time.monotonic_ns()
+            event = self.parse(line.encode())
+            event["read_ns"] = read_ns
             with self._news:
                 self.lines.append(line)
                 self.events.append(event)

@@ -4,20 +4,44 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.kernel.daemon import Daemon
+from tests.kernel.daemon import Daemon, Event
+from tests.unit import schema
+
+PER_KIND = 2
+
+
+class QuickDaemon(Daemon):
+    """Takes lines as they are: to validate one takes an emulated CPU longer than a stall lasts."""
+
+    def parse(self, line: bytes) -> Event:
+        """A line as an event."""
+        event: Event = json.loads(line)
+        return event
+
+    def validate(self) -> None:
+        """Hold some lines of each event, phase and verdict against the schema."""
+        seen: Counter[tuple[str, ...]] = Counter()
+        for line, event in zip(self.lines, self.events, strict=True):
+            kind = event["event"], event.get("phase", ""), event.get("verdict", "")
+            seen[kind] += 1
+            if seen[kind] <= PER_KIND:
+                schema.parse(line.encode())
 
 
 @pytest.fixture(scope="session")
 def daemon() -> Iterator[Daemon]:
-    """A running daemon with the default threshold of 10 ms."""
-    with Daemon() as running:
+    """A running daemon with the default threshold of 10 ms; it ends well, its lines are valid."""
+    with QuickDaemon() as running:
         yield running
+        assert running.stop() == 0
+        running.validate()
 
 
 @pytest.fixture(scope="session")
