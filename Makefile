@@ -20,6 +20,12 @@ RUNTIME_PACKAGES := python3-bpfcc libbpf1 python3-venv
 TEST_PACKAGES := clang-14 libbpf-dev linux-libc-dev bpftool iproute2 iputils-ping \
 	libbpf-tools procps gcc libc6-dev systemd rsyslog rsyslog-openssl logrotate openssl
 
+# Only for test-vm. busybox-static: the guest's initramfs has no C library.
+VM_PACKAGES := qemu-system-x86 busybox-static kmod xz-utils zstd debian-archive-keyring libelf1
+# The kernels of tests/vm/kernels.toml that test-vm boots (all), and how much it runs there.
+KERNEL ?=
+SUITE ?= full
+
 # Keep packages of the caller's home and shell out of the environment we pin.
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME
@@ -52,8 +58,9 @@ endef
 need_root = $(if $(filter 0,$(shell id -u)),,$(error `make $(1)` loads BPF programs \
 	and needs root: run it with sudo or in a root shell))
 
-.PHONY: help setup run test check demo bench-fidelity install uninstall clean
-.PHONY: root-run root-test root-demo root-bench-fidelity packages test-packages
+.PHONY: help setup run test test-vm support-matrix check demo bench-fidelity install uninstall
+.PHONY: clean root-run root-test root-test-vm root-support-matrix root-demo root-bench-fidelity
+.PHONY: packages test-packages vm-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
@@ -65,6 +72,12 @@ run: root-run setup ## set up and detect in the foreground until Ctrl-C (ARGS="-
 
 test: root-test setup test-packages .venv/.dev ## set up and run all tests (ARGS="-k tracker")
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-vm: root-test-vm setup test-packages vm-packages .venv/.vm ## run the kernel tests on other kernels (KERNEL="6.1 7" SUITE=short ARGS=--refresh)
+	@$(BIN)/python -m tests.vm $(KERNEL) --suite $(SUITE) $(ARGS)
+
+support-matrix: root-support-matrix setup test-packages vm-packages .venv/.vm ## the same on all of them, written to docs/support-matrix.md
+	@$(BIN)/python -m tests.vm --matrix docs/support-matrix.md $(ARGS)
 
 check: setup .venv/.dev ## lint, formatting and types
 	@$(BIN)/python -m ruff check .
@@ -119,7 +132,7 @@ PY_DIRS = $(shell for d in stalld tests bench; do \
 	[ -z "$$(find $$d -name '*.py' -print -quit 2>/dev/null)" ] || echo $$d; done)
 C_FILES = $(wildcard bpf/*.[ch] tests/injector/*.[ch])
 
-root-run root-test root-demo root-bench-fidelity: root-%:
+root-run root-test root-test-vm root-support-matrix root-demo root-bench-fidelity: root-%:
 	$(call need_root,$*)@:
 
 packages:
@@ -127,6 +140,9 @@ packages:
 
 test-packages:
 	$(if $(call missing,$(TEST_PACKAGES)),$(call apt_install,$(call missing,$(TEST_PACKAGES))),@:)
+
+vm-packages:
+	$(if $(call missing,$(VM_PACKAGES)),$(call apt_install,$(call missing,$(VM_PACKAGES))),@:)
 
 .venv/.id:
 	@rm -rf .venv
@@ -139,4 +155,8 @@ test-packages:
 
 .venv/.dev: .venv/.installed
 	@$(PIP) install --editable '.[dev]'
+	@touch $@
+
+.venv/.vm: .venv/.dev
+	@$(PIP) install --editable '.[dev,vm]'
 	@touch $@

@@ -135,14 +135,28 @@ class Btf:
         offset = next(
             (at for found, at, _ in _ENTRY.iter_unpack(raw) if found == variable_id), None
         )
-        type_id = self._type(variable_id).size_or_type
+        inside = self._inside(self._type(variable_id).size_or_type, *members)
+        return None if offset is None or inside is None else offset + inside
+
+    @property
+    def lists_percpu_variables(self) -> bool:
+        """Whether :meth:`percpu_offset` can find any."""
+        return self.find(".data..percpu", _DATASEC) is not None
+
+    def member_offset(self, struct_name: str, *members: str) -> int | None:
+        """Where a member of a member of a struct lies in it, in bytes; None: there is none."""
+        type_id = self.find(struct_name, _STRUCT)
+        return None if type_id is None else self._inside(type_id, *members)
+
+    def _inside(self, type_id: int, *members: str) -> int | None:
+        offset = 0
         for name in members:
             while self._type(type_id).kind in _MODIFIERS:
                 type_id = self._type(type_id).size_or_type
             if self._type(type_id).kind not in (_STRUCT, _UNION):
                 return None
             found = {name: rest for name, *rest in self._members(type_id, 0)}
-            if name not in found or offset is None:
+            if name not in found:
                 return None
             type_id, bits, _ = found[name]
             offset += bits // 8

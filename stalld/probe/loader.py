@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stalld.errors import MissingAbilityError, ProbeError
+from stalld.probe import percpu
 from stalld.probe.btf import Btf
 from stalld.probe.capabilities import require_bpf
 from stalld.probe.fentry import fentry_error
 from stalld.probe.headers import distribution_headers, write_tree
+from stalld.probe.percpu import Places
 from stalld.probe.protocol import NMI_SAMPLER, NO_NMI, Attached, Description, Missing, Request
 from stalld.records import watched_bits
 
@@ -150,7 +152,7 @@ def _nmi_sampler(request: Request, btf: Btf | None, missing: list[Missing]) -> b
     return False
 
 
-def percpu_places(btf: Btf) -> dict[str, int]:
+def percpu_places(btf: Places) -> dict[str, int]:
     """See :class:`Description`; what the kernel does not have is left out.
 
     A raw tracepoint has no way to this CPU's variables, but the timer of the
@@ -239,7 +241,7 @@ def _build(
         bcc_version=str(__version__),
         compile_ms=round((compiled - clock) * 1e3, 1),
         attach_ms=round((time.monotonic() - compiled) * 1e3, 1),
-        percpu=percpu_places(btf) if btf else {},
+        percpu=percpu_places(percpu.places(btf)) if btf else {},
     )
     return description, list(fds.values())
 

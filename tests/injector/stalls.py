@@ -14,6 +14,7 @@ from typing import NamedTuple
 from tests.injector import build, system
 from tests.injector.kinds import METHODS, InjectorError, Kind, UnsupportedError
 from tests.injector.libbpf import EGRESS, INGRESS, BpfObject
+from tests.slowness import slow
 
 _ORDER = struct.Struct("=QIi")
 _TRUTH = struct.Struct("=QQIII16s4x")
@@ -23,9 +24,9 @@ _FIFO_PRIORITY = 50
 _TASKS = 3
 _TURN = struct.Struct("=QQ")
 _ORDERED = struct.Struct("=Q")
-_TURN_TIMEOUT_S = 3.0
+_TURN_TIMEOUT_S = slow(3.0)
 _TICK_TIMEOUT_NS = 200_000_000
-_PACKET_TIMEOUT_S = 1.0
+_PACKET_TIMEOUT_S = slow(1.0)
 _SO_MARK = 36
 
 
