@@ -73,7 +73,7 @@ test-vm: root-test-vm setup test-packages vm-packages .venv/.vm ## run the kerne
 	@$(BIN)/python -m tests.vm $(KERNEL) --suite $(SUITE) $(ARGS)
 
 support-matrix: root-support-matrix setup test-packages vm-packages .venv/.vm ## the same on all of them, written to docs/support-matrix.md
-	@$(BIN)/python -m tests.vm --matrix docs/support-matrix.md $(ARGS)
+	@$(BIN)/python -m tests.vm --suite $(SUITE) --matrix docs/support-matrix.md $(ARGS)
 
 check: setup .venv/.dev ## lint, formatting and types
 	@$(BIN)/python -m ruff check .

@@ -90,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         done = run(kernel, options, directory / kernel.name)
         outcomes.append(done)
         print(report.summary(done), flush=True)
-    if options.matrix:
-        options.matrix.write_text(report.matrix(outcomes))
+        if options.matrix:
+            options.matrix.write_text(report.matrix(outcomes))
     print(f"what the runs left: {directory}")
     passed, failed, skipped = (
         sum(done.count(result) for done in outcomes) for result in ("passed", "failed", "skipped")
