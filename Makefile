@@ -95,7 +95,7 @@ clean: ## remove everything made here
 
 PY_DIRS = $(shell for d in stalld tests bench; do \
 	[ -z "$$(find $$d -name '*.py' -print -quit 2>/dev/null)" ] || echo $$d; done)
-C_FILES = $(wildcard bpf/*.[ch] tests/injector/*.[ch])
+C_FILES = $(wildcard bpf/*.[ch] tests/injector/*.[ch] tests/vm/module/*.c)
 
 root-run root-test root-test-vm root-support-matrix root-demo root-bench-fidelity: root-%:
 	$(call need_root,$*)@:
