@@ -77,7 +77,7 @@ test-vm: root-test-vm setup test-packages vm-packages .venv/.vm ## run the kerne
 	@$(BIN)/python -m tests.vm $(KERNEL) --suite $(SUITE) $(ARGS)
 
 support-matrix: root-support-matrix setup test-packages vm-packages .venv/.vm ## the same on all of them, written to docs/support-matrix.md
-	@$(BIN)/python -m tests.vm --matrix docs/support-matrix.md $(ARGS)
+	@$(BIN)/python -m tests.vm --suite $(SUITE) --matrix docs/support-matrix.md $(ARGS)
 
 check: setup .venv/.dev ## lint, formatting and types
 	@$(BIN)/python -m ruff check .
@@ -130,7 +130,7 @@ clean: ## remove everything made here
 
 PY_DIRS = $(shell for d in stalld tests bench; do \
 	[ -z "$$(find $$d -name '*.py' -print -quit 2>/dev/null)" ] || echo $$d; done)
-C_FILES = $(wildcard bpf/*.[ch] tests/injector/*.[ch])
+C_FILES = $(wildcard bpf/*.[ch] tests/injector/*.[ch] tests/vm/module/*.c)
 
 root-run root-test root-test-vm root-support-matrix root-demo root-bench-fidelity: root-%:
 	$(call need_root,$*)@:

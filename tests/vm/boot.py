@@ -29,6 +29,17 @@ KERNEL_OPTIONS = "tsc=reliable clocksource=tsc"
 _HELPERS = ("vng", "qemu-system-x86_64", "busybox", "depmod", "chrt")
 
 
+def emulator_failed(results: Path) -> bool:
+    """Whether the guest died of its emulator: it ran a breakpoint that was there no more.
+
+    Linux patches its code through a breakpoint (text_poke_bp(), here of a static key that
+    ``check`` turns on, bpf_stats_enabled_key). QEMU 7.2 with one thread per CPU may run the
+    translation of the breakpoint after the patch is complete, which the kernel takes for an
+    unexpected one.
+    """
+    return b"Oops: int3: " in (results / "console.log").read_bytes()
+
+
 def run_in_guest(
     kernel: Fetched, command: Sequence[str], results: Path, *, timeout_s: float
 ) -> str | None:

@@ -72,7 +72,9 @@ class Archive:
         """
         names = self._run("apt-cache", "pkgnames", f"linux-image-{version}").split()
         # Not the cloud, real-time and unsigned flavours: only the generic one has 9p.
-        wanted = re.compile(rf"linux-image-({re.escape(version)}[.\d]*(?:-\d+|\+deb\d+)?-amd64)")
+        wanted = re.compile(
+            rf"linux-image-({re.escape(version)}(?:\.[.\d]+)?(?:-\d+|\+deb\d+)?-amd64)"
+        )
         found = [match[1] for name in names if (match := wanted.fullmatch(name))]
         if not found:
             raise KernelsError(f"no kernel {version} in {', '.join(self._suites)}")

@@ -40,6 +40,8 @@ def summary(outcome: Outcome) -> str:
 
 def matrix(outcomes: Sequence[Outcome]) -> str:
     """The whole document."""
+    order = [kernel.name for kernel in supported()]
+    outcomes = sorted(outcomes, key=lambda outcome: order.index(outcome.name))
     return "\n".join(
         [
             _HEAD,

@@ -20,7 +20,8 @@ from tests.kernel.test_stalls import check_life, functions
 
 pytestmark = pytest.mark.kernel
 
-DURATION_MS = 150.0
+DURATION_MS = 300.0
+"""An emulated CPU needs up to 100 ms from a record to its line."""
 WANTED = 3
 TRIES = 10
 

@@ -29,7 +29,7 @@ pytestmark = [
 
 READS = 12
 WANTED = 3
-DURATION_MS = 200
+DURATION_MS = 300
 
 
 class Read(NamedTuple):
@@ -51,27 +51,31 @@ class Read(NamedTuple):
         return max((probe.rtt_ns or 0) / 1e6 for probe in self.probes)
 
 
-def read_until_killed(name: str, report: int) -> None:
+def read_when_asked(name: str, asked: int, report: int) -> None:
     """What cadvisor does: read a file of statistics every now and then."""
-    system.set_comm("slow-reader")
-    while True:
+    while os.read(asked, 1):
         with open(PROC / name, "rb", buffering=0) as file:
             os.write(report, file.read(100))
-        time.sleep(0.4)
 
 
 @contextmanager
-def reader(name: str) -> Iterator[tuple[int, int]]:
-    """The reading process, pinned to ``CPU``: its pid, and where it tells its times."""
+def reader(name: str) -> Iterator[tuple[int, Callable[[], str]]]:
+    """The reading process, pinned to ``CPU``: its pid, and a function that has it read once."""
     Path("/sys/module/stalld_slow/parameters/duration_ms").write_text(str(DURATION_MS))
-    ours, theirs = os.pipe()
-    pid = system.fork_task("slow-reader", CPU, lambda: read_until_killed(name, theirs))
+    asked, ask = os.pipe()
+    told, tell = os.pipe()
+    pid = system.fork_task("slow-reader", CPU, lambda: read_when_asked(name, asked, tell))
+
+    def read_once() -> str:
+        os.write(ask, b".")
+        return os.read(told, 100).decode()
+
     try:
-        yield pid, ours
+        yield pid, read_once
     finally:
         system.end_task(pid)
-        os.close(ours)
-        os.close(theirs)
+        for fd in (asked, ask, told, tell):
+            os.close(fd)
 
 
 def reads(daemon: Daemon, name: str, mode: Mode, right: Callable[[Read], bool]) -> list[Read]:
@@ -80,11 +84,11 @@ def reads(daemon: Daemon, name: str, mode: Mode, right: Callable[[Read], bool]) 
     with (
         Pressure(CPU, mode) as pressure,
         Pressure(CPU, Mode.PING) as ping,
-        reader(name) as (pid, report),
+        reader(name) as (pid, read_once),
         pressure.active(),
     ):
         for _ in range(READS):
-            start_ns, end_ns, cpu = map(int, os.read(report, 100).split())
+            start_ns, end_ns, cpu = map(int, read_once().split())
             assert cpu == CPU
             lines = lines_within(daemon, start_ns, end_ns)
             if not lines:
