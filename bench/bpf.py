@@ -173,15 +173,16 @@ def costs(sides: Mapping[str, Programs]) -> dict[tuple[str, str, str], Cost]:
     }
 
 
-def maps_of(pid: int) -> list[dict[str, str]]:
-    """What the kernel tells of each map that a process has a descriptor of."""
-    found = {info["map_id"]: info for info in _fdinfo(pid) if "map_id" in info}
-    return list(found.values())
+def attached_programs(pid: int) -> set[int]:
+    """Ids of the programs behind the links that a process holds."""
+    return {int(info["prog_id"]) for info in _fdinfo(pid) if "link_type" in info}
 
 
 def _held_by(pid: int) -> tuple[list[dict[str, str]], set[int]]:
-    links = [info for info in _fdinfo(pid) if "link_type" in info]
-    return links, {int(info["map_id"]) for info in maps_of(pid)}
+    """What the kernel tells of its links, and the ids of its maps."""
+    infos = _fdinfo(pid)
+    links = [info for info in infos if "link_type" in info]
+    return links, {int(info["map_id"]) for info in infos if "map_id" in info}
 
 
 def _fdinfo(pid: int) -> list[dict[str, str]]:

@@ -51,11 +51,8 @@ def latency_us(event: Event) -> float:
 
 
 def _is_made(event: Event) -> bool:
-    return (
-        event["event"] == "stall"
-        and event["blocker"] is not None
-        and event["blocker"]["comm"] == "synthetic"
-    )
+    blocker = event["blocker"] if event["event"] == "stall" else None
+    return blocker is not None and bool(blocker["comm"] == "synthetic")
 
 
 def _rows(name: str, lines: Sequence[Event], why: str) -> list[Row]:

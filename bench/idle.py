@@ -62,10 +62,12 @@ def watch(seconds: float, pid: int | None = None) -> Quiet:
     before, began = counts(), time.monotonic()
     time.sleep(seconds)
     took, after = time.monotonic() - began, counts()
-    per_s = [(new - old) / took for new, old in zip(after, before, strict=True)]
+    interrupts = (after.interrupts - before.interrupts) / took
+    changes = (after.switches - before.switches) / took
     if not pid:
-        return Quiet(*per_s)
-    return Quiet(*per_s, (cpu_s(pid) - used) / took * 100, (switches(pid) - woken) / took)
+        return Quiet(interrupts, changes)
+    cpu_percent = (cpu_s(pid) - used) / took * 100
+    return Quiet(interrupts, changes, cpu_percent, (switches(pid) - woken) / took)
 
 
 def measure(rounds: int = ROUNDS, seconds: float = SECONDS) -> list[Row]:

@@ -86,52 +86,46 @@ class Lines:
         return len(self._chunks)
 
 
-class Daemon:
-    """A real ``softirq-stalld run``, ready, in ``with``.
+class Piped:
+    """A process whose standard output is read, in ``with`` once it has said something.
 
-    Args:
-        settings: of the configuration; without any, as tests have it: nothing is folded.
-        arguments: further ones.
-        checkout: of which; this one's without.
+    Attributes:
+        ready_s: from its start until it said so.
     """
 
-    def __init__(self, settings: str = "", *arguments: str, checkout: Path | None = None) -> None:
-        self._text = Path(UNLIMITED).read_text() + settings
-        self._arguments = arguments
-        self._checkout = checkout
-        self._config = tempfile.NamedTemporaryFile("w", suffix=".toml")  # noqa: SIM115
+    def __init__(
+        self,
+        *command: str,
+        cwd: Path = ROOT,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self._command = command
+        self._cwd = cwd
+        self._environment = environment
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115
 
     def __enter__(self) -> Self:
-        self._config.write(self._text)
-        self._config.flush()
-        command, environment = [COMMAND], None
-        if self._checkout:
-            command = [sys.executable, "-m", "stalld.cli"]
-            environment = {**os.environ, "PYTHONPATH": str(self._checkout)}
         began = time.monotonic()
         self.process = subprocess.Popen(
-            [*command, "run", "--config", self._config.name, *self._arguments],
+            self._command,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            cwd=self._checkout,
-            env=environment,
+            cwd=self._cwd,
+            env=self._environment,
         )
         assert self.process.stdout is not None
         self.lines = Lines(self.process.stdout.fileno())
         try:
-            self._wait_until_ready(began + START_TIMEOUT_S)
+            while not self.lines.bytes:
+                if self.process.poll() is not None or time.monotonic() > began + START_TIMEOUT_S:
+                    raise BenchError(f"{self._command[-1]} does not start: {self._said()}")
+                time.sleep(0.001)
         except BaseException:
             self.close()
             raise
         self.ready_s = time.monotonic() - began
         return self
-
-    def _wait_until_ready(self, deadline: float) -> None:
-        while not self.lines.bytes:
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise BenchError(f"the daemon does not start: {self._said()}")
-            time.sleep(0.001)
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -141,12 +135,12 @@ class Daemon:
         """Of its process."""
         return self.process.pid
 
-    def stop(self) -> list[Event]:
+    def stop(self, number: int = signal.SIGTERM) -> list[Event]:
         """End it in order; all it said."""
         if self.process.poll() is None:
-            self.process.terminate()
+            self.process.send_signal(number)
         if self.process.wait(_END_S):
-            raise BenchError(f"the daemon failed: {self._said()}")
+            raise BenchError(f"{self._command[-1]} failed: {self._said()}")
         self.lines.join()
         return self.lines.events()
 
@@ -156,7 +150,6 @@ class Daemon:
         self.lines.join()
         if self.process.stdout is not None:
             self.process.stdout.close()
-        self._config.close()
         self._log.close()
 
     def _said(self) -> str:
@@ -164,14 +157,53 @@ class Daemon:
         return os.pread(self._log.fileno(), size, 0).decode().strip()
 
 
-class Tool:
-    """Another program, ready, in ``with``: it says so by its first output.
+class Daemon(Piped):
+    """A real ``softirq-stalld run``, ready.
 
-    Its output is a terminal, so that it is not held back.
+    Args:
+        settings: of the configuration, before what it is based on.
+        base: as tests have it by default: nothing is folded, and no live socket.
+        checkout: of which; this one's without.
     """
 
-    def __init__(self, *command: str) -> None:
+    def __init__(
+        self, settings: str = "", *, base: str | None = None, checkout: Path | None = None
+    ) -> None:
+        base = Path(UNLIMITED).read_text() if base is None else base
+        self._config = tempfile.NamedTemporaryFile("w", suffix=".toml")  # noqa: SIM115
+        self._config.write(f"{settings}\n{base}")
+        self._config.flush()
+        run = ("run", "--config", self._config.name)
+        if checkout is None:
+            super().__init__(COMMAND, *run)
+        else:
+            environment = {**os.environ, "PYTHONPATH": str(checkout)}
+            command = sys.executable, "-m", "stalld.cli", *run
+            super().__init__(*command, cwd=checkout, environment=environment)
+
+    @property
+    def started(self) -> Event:
+        """Its first event."""
+        return self.lines.events()[0]
+
+    def close(self) -> None:
+        """End it in any case; may be called twice."""
+        super().close()
+        self._config.close()
+
+
+class Tool:
+    """Another program, in ``with`` once it has said so.
+
+    Its output is a terminal, so that it is not held back.
+
+    Args:
+        ready: in its output, once everything is attached.
+    """
+
+    def __init__(self, *command: str, ready: bytes) -> None:
         self._command = command
+        self._ready = ready
 
     def __enter__(self) -> Self:
         ours, theirs = pty.openpty()
@@ -195,13 +227,13 @@ class Tool:
         return self
 
     def _wait(self, fd: int, deadline: float) -> None:
-        while time.monotonic() < deadline:
-            if select.select([fd], [], [], 0.1)[0]:
-                with suppress(OSError):  # EIO: its other end is closed.
-                    if os.read(fd, 1 << 16):
-                        return
-                break
-        raise BenchError(f"{self._command[0]} does not start")
+        said = b""
+        with suppress(OSError):  # EIO: its other end is closed.
+            while self._ready not in said and time.monotonic() < deadline:
+                if select.select([fd], [], [], 0.1)[0]:
+                    said += os.read(fd, 1 << 16)
+        if self._ready not in said:
+            raise BenchError(f"{self._command[0]} does not start")
 
     def __exit__(self, *_: object) -> None:
         end(self.process)
@@ -245,17 +277,17 @@ def tool(name: str, package: str = "libbpf-tools") -> str:
 
 def runqslower() -> Tool:
     """libbpf-tools' own, at our threshold."""
-    return Tool(tool("runqslower"), "10000")
+    return Tool(tool("runqslower"), "10000", ready=b"Tracing")
 
 
 def softirqs() -> Tool:
     """libbpf-tools' own; it sums up once an hour."""
-    return Tool(tool("softirqs"), "3600")
+    return Tool(tool("softirqs"), "3600", ready=b"Tracing")
 
 
-def bcc_tool() -> Tool:
+def bcc_tool(*arguments: str) -> Piped:
     """A tool in Python on bcc, in the manner of all of them: see bench/bcc_tool.py."""
-    return Tool(sys.executable, "-m", "bench.bcc_tool")
+    return Piped(sys.executable, "-m", "bench.bcc_tool", *arguments)
 
 
 def our_programs(settings: str = "", checkout: Path | None = None) -> Programs:
