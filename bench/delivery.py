@@ -47,7 +47,7 @@ def measure(stalls: int = STALLS, records: int = RECORDS) -> list[Row]:
 def latency_us(event: Event) -> float:
     """Of a line of a stall, of whichever phase."""
     made_ns = monotonic_ns(event["started_at"]) + round(event["duration_ms"] * 1e6)
-    return (int(event["read_ns"]) - made_ns) / 1e3
+    return float(event["read_ns"] - made_ns) / 1e3
 
 
 def _is_made(event: Event) -> bool:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.bpf import attached_programs, empty, take_over
 from bench.command import run
@@ -105,10 +105,10 @@ def _loaded(cpus: int) -> Loaded:
     return Loaded(kib, percpu, took_ms)
 
 
-def _bpftool(kind: str) -> list[dict[str, object]]:
+def _bpftool(kind: str) -> list[dict[str, Any]]:
     command = ["bpftool", "--json", kind, "show"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    listed: list[dict[str, object]] = json.loads(done.stdout)
+    listed: list[dict[str, Any]] = json.loads(done.stdout)
     return listed
 
 
