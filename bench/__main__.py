@@ -89,7 +89,7 @@ def text(parts: Sequence[Part], machine: Sequence[str]) -> str:
 
 
 def main() -> int:
-    """Measure everything. The status does not tell whether the goals are reached; the table does."""
+    """Measure everything. Whether the goals are reached is told by the table, not the status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", choices=MODULES, default=list(MODULES))
     parser.add_argument("--results", type=Path, default=RESULTS)
