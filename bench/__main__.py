@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ from bench import (
     startup,
     throughput,
 )
-from bench.command import FAILURES
+from bench.command import FAILURES, ready
 from bench.machine import describe, steal_s
 from bench.row import Row, table, unmeasured
 
@@ -94,8 +93,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=MODULES, default=list(MODULES))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if os.geteuid() != 0:
-        print("the bench loads BPF programs and needs root", file=sys.stderr)
+    if not ready():
         return 1
     machine, stolen_s, parts = describe(), steal_s(), []
     for name in options.only:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NoReturn
 
 from bench.bpf import BenchError
 from bench.row import Row, table
@@ -14,6 +17,19 @@ from tests.injector import InjectorError
 
 FAILURES = (BenchError, InjectorError, StalldError, OSError)
 """That mean: this cannot be measured here."""
+
+
+def ready() -> bool:
+    """Whether it may begin. From then on a SIGTERM ends what was started, as Ctrl-C does."""
+    if os.geteuid() != 0:
+        print("the bench loads BPF programs and needs root", file=sys.stderr)
+        return False
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    return True
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def run(
@@ -36,8 +52,7 @@ def run(
         kind = type(default) if default is not None else str
         parser.add_argument(flag, type=kind, default=default, help=f"{text} ({default})")
     arguments = parser.parse_args(argv)
-    if os.geteuid() != 0:
-        print("the bench loads BPF programs and needs root", file=sys.stderr)
+    if not ready():
         return 1
     try:
         rows = measure(**vars(arguments))
