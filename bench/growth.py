@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,7 +163,8 @@ def _each_us(daemon: Piped, source: RecordSource, rate: int) -> float:
 
 
 def readers() -> Iterator[Row]:
-    """CPU time of the daemon for a line, with and without readers of live events."""
+    """CPU time of the daemon for a line, with and without readers of live events, in turn."""
+    alone, tailed = [], []
     with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
         socket = Path(work, "live.sock")
         base = (
@@ -172,20 +173,27 @@ def readers() -> Iterator[Row]:
         )
         daemon = stack.enter_context(Daemon(base=base))
         source = stack.enter_context(RecordSource(daemon.pid, CPU))
-        alone = _each_us(daemon, source, TAILED_RATE)
-        command = [COMMAND, "tail", "--json", "--socket", str(socket)]
-        for _ in range(TAILS):
-            tail = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-            stack.callback(end, tail)
-        time.sleep(1.5)
-        tailed = _each_us(daemon, source, TAILED_RATE)
+        for _ in range(ROUNDS):
+            alone.append(_each_us(daemon, source, TAILED_RATE))
+            with _tails(socket):
+                tailed.append(_each_us(daemon, source, TAILED_RATE))
     yield row(
         f"CPU time for a stall, {TAILS} readers of live events",
-        _us(tailed),
-        reference=_us(alone),
-        against=plain(round((tailed - alone) / TAILS, 1), "us for each reader"),
+        spread(tailed, "us"),
+        reference=spread(alone, "us"),
+        against=differences(tailed, alone, "us"),
         why=f"at {TAILED_RATE} stalls/s; the reference has none",
     )
+
+
+@contextmanager
+def _tails(socket: Path) -> Iterator[None]:
+    command = [COMMAND, "tail", "--json", "--socket", str(socket)]
+    with ExitStack() as stack:
+        for _ in range(TAILS):
+            stack.callback(end, subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        time.sleep(1.5)
+        yield
 
 
 def symbols() -> Iterator[Row]:
@@ -209,10 +217,6 @@ def _read_ms(path: Path, lines: Sequence[bytes]) -> float:
 
 def _mib(kib: float) -> Figure:
     return plain(round(kib / 1024, 1), "MiB")
-
-
-def _us(value: float) -> Figure:
-    return plain(round(value), "us")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ resident, Pss counts what is shared with others in parts.
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 from bench.bpf import BenchError
 from bench.command import run
@@ -25,23 +26,32 @@ GOAL = Goal(40, "MiB")
 FLAT_GOAL = Goal(1, "MiB")
 
 
-def storm(side: Piped, seconds: float, per_second: int) -> list[tuple[float, float]]:
-    """Rss and Pss in MiB: before, and after each of the storm's parts."""
-    found = [memory_mib(side.pid)]
+class Storm(NamedTuple):
+    """Rss and Pss in MiB: before, and after each of the storm's parts; records, and lost ones."""
+
+    mib: list[tuple[float, float]]
+    sent: int
+    lost: int
+
+
+def storm(side: Piped, seconds: float, per_second: int) -> Storm:
+    """Have one."""
+    found, sent, lost = [memory_mib(side.pid)], 0, 0
     with RecordSource(side.pid, CPU) as source:
         for _ in range(STEPS):
-            source.flow(per_second, seconds / STEPS)
+            part = source.flow(per_second, seconds / STEPS)
+            sent, lost = sent + part.sent, lost + part.lost
             found.append(memory_mib(side.pid))
-    return found
+    return Storm(found, sent, lost)
 
 
 def measure(seconds: float = SECONDS, per_second: int = PER_SECOND) -> list[Row]:
     """Rss, Pss, growth."""
     with Daemon() as daemon:
-        ours = storm(daemon, seconds, per_second)
+        ours, sent, lost = storm(daemon, seconds, per_second)
     with bcc_tool() as tool:
-        theirs = storm(tool, seconds / STEPS, per_second)
-    told = f"after {seconds:g} s of {per_second} records/s; before {ours[0][0]:.1f} MiB"
+        theirs = storm(tool, seconds / STEPS, per_second).mib
+    told = f"after {seconds:g} s: {sent} stalls told, {lost} lost; before {ours[0][0]:.1f} MiB"
     rss, bcc = _mib(ours[-1][0]), _mib(theirs[-1][0])
     rows = [
         row(

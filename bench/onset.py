@@ -55,7 +55,7 @@ def _row(name: str, told: Sequence[Told]) -> Row:
         latency([onset_ms(one) for one in told], "ms", 0.99),
         reference=plain(tick_ms, "ms: the tick"),
         goal=Goal(tick_ms + 1, "ms"),
-        why=f"p99 counts; {late} had no line before their end, {missed} none at all, which is in it",
+        why=f"p99 counts; {late} had no line before their end, {missed} none at all: that counts",
     )
 
 

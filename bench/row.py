@@ -65,7 +65,7 @@ class Row(NamedTuple):
     def verdict(self) -> str:
         """In a word."""
         if self.reached is None:
-            return "not measured" if not self.ours else ""
+            return "not measured" if not self.ours else "not known" if self.goal else ""
         return "reached" if self.reached else "NOT REACHED"
 
 
