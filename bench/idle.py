@@ -106,10 +106,10 @@ def _interrupts(without: list[Quiet], with_it: list[Quiet], told: str) -> Row:
     alone = [one.interrupts for one in without]
     more = [a.interrupts - b.interrupts for a, b in zip(with_it, without, strict=True)]
     noise = max(alone) - min(alone)
-    restless = noise > RESTLESS * max(alone)
+    restless = len(alone) < 2 or noise > RESTLESS * max(alone)
     rule = (
-        f"nothing can be said: without the daemon the rounds differ by {noise:.0f} /s, so this "
-        "machine is not idle"
+        f"nothing can be said: without the daemon {len(alone)} rounds differ by {noise:.0f} /s, so "
+        "this machine is not idle"
         if restless
         else f"{told}; reached: no more than the rounds without it differ among themselves "
         f"({noise:.1f} /s), or than 1 /s"
