@@ -81,13 +81,13 @@ demo: root-demo setup test-packages .venv/.dev ## cause a bounded stall of each 
 bench: root-bench setup bench-packages .venv/.dev ## measure every figure: bench/RESULTS.md (ARGS="--only hot_path")
 	@exec $(BIN)/python -m bench $(ARGS)
 
-bench-fidelity: root-bench-fidelity setup bench-packages .venv/.dev ## 1,000 injected stalls: all found and told rightly?
+bench-fidelity: root-bench-fidelity setup test-packages .venv/.dev ## 1,000 injected stalls: all found and told rightly?
 	@exec $(BIN)/python -m bench.fidelity --stalls 1000 $(ARGS)
 
 bench-soak: root-bench-soak setup bench-packages .venv/.dev ## an hour of real load, nothing injected: any false stall?
 	@exec $(BIN)/python -m bench.soak --seconds 3600 --threshold-ms 10 $(ARGS)
 
-bench-memory: root-bench-memory setup bench-packages .venv/.dev ## an hour's storm: how large does it get?
+bench-memory: root-bench-memory setup test-packages .venv/.dev ## an hour's storm: how large does it get?
 	@exec $(BIN)/python -m bench.memory --seconds 3600 $(ARGS)
 
 # The program is a directory of its own beside the distribution's packages, which it sees: bcc is
