@@ -19,6 +19,8 @@ UNITDIR = /usr/lib/systemd/system
 RUNTIME_PACKAGES := python3-bpfcc libbpf1 python3-venv
 TEST_PACKAGES := clang-14 libbpf-dev linux-libc-dev bpftool iproute2 iputils-ping \
 	libbpf-tools procps gcc libc6-dev systemd rsyslog rsyslog-openssl logrotate openssl
+# Loads, and the tools that we are measured against.
+BENCH_PACKAGES := linux-perf bpfcc-tools rt-tests stress-ng
 
 # Only for test-vm. busybox-static: the guest's initramfs has no C library.
 VM_PACKAGES := qemu-system-x86 busybox-static kmod xz-utils zstd debian-archive-keyring libelf1
@@ -58,9 +60,11 @@ endef
 need_root = $(if $(filter 0,$(shell id -u)),,$(error `make $(1)` loads BPF programs \
 	and needs root: run it with sudo or in a root shell))
 
-.PHONY: help setup run test test-vm support-matrix check demo bench-fidelity install uninstall
-.PHONY: clean root-run root-test root-test-vm root-support-matrix root-demo root-bench-fidelity
-.PHONY: packages test-packages vm-packages
+.PHONY: help setup run test test-vm support-matrix check demo install uninstall clean
+.PHONY: bench bench-fidelity bench-soak bench-memory
+.PHONY: packages test-packages vm-packages bench-packages
+.PHONY: root-run root-test root-test-vm root-support-matrix root-demo
+.PHONY: root-bench root-bench-fidelity root-bench-soak root-bench-memory
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
@@ -88,8 +92,17 @@ check: setup .venv/.dev ## lint, formatting and types
 demo: root-demo setup test-packages .venv/.dev ## cause a bounded stall of each kind, show the catch
 	@exec $(BIN)/python -m tests.demo $(ARGS)
 
+bench: root-bench setup bench-packages .venv/.dev ## measure every figure: bench/RESULTS.md (ARGS="--only hot_path")
+	@exec $(BIN)/python -m bench $(ARGS)
+
 bench-fidelity: root-bench-fidelity setup test-packages .venv/.dev ## 1,000 injected stalls: all found and told rightly?
 	@exec $(BIN)/python -m bench.fidelity --stalls 1000 $(ARGS)
+
+bench-soak: root-bench-soak setup bench-packages .venv/.dev ## an hour of real load, nothing injected: any false stall?
+	@exec $(BIN)/python -m bench.soak --seconds 3600 --threshold-ms 10 $(ARGS)
+
+bench-memory: root-bench-memory setup test-packages .venv/.dev ## an hour's storm: how large does it get?
+	@exec $(BIN)/python -m bench.memory --seconds 3600 $(ARGS)
 
 # The program is a directory of its own beside the distribution's packages, which it sees: bcc is
 # one of them. No virtual environment: that would know where it was made, and DESTDIR is not it.
@@ -132,7 +145,8 @@ PY_DIRS = $(shell for d in stalld tests bench; do \
 	[ -z "$$(find $$d -name '*.py' -print -quit 2>/dev/null)" ] || echo $$d; done)
 C_FILES = $(wildcard bpf/*.[ch] tests/injector/*.[ch] tests/vm/module/*.c)
 
-root-run root-test root-test-vm root-support-matrix root-demo root-bench-fidelity: root-%:
+root-run root-test root-test-vm root-support-matrix root-demo \
+root-bench root-bench-fidelity root-bench-soak root-bench-memory: root-%:
 	$(call need_root,$*)@:
 
 packages:
@@ -143,6 +157,9 @@ test-packages:
 
 vm-packages:
 	$(if $(call missing,$(VM_PACKAGES)),$(call apt_install,$(call missing,$(VM_PACKAGES))),@:)
+
+bench-packages: test-packages
+	$(if $(call missing,$(BENCH_PACKAGES)),$(call apt_install,$(call missing,$(BENCH_PACKAGES))),@:)
 
 .venv/.id:
 	@rm -rf .venv
