@@ -24,7 +24,7 @@ from stalld.probe.client import Probes, possible_cpus
 from stalld.records import VECTORS
 from stalld.rings import Rings
 from stalld.sinks.emitter import Emitter
-from stalld.state import Maps
+from stalld.state import Maps, offsets
 from stalld.track.fold import Folder
 from stalld.track.stall import Tracker
 
@@ -81,7 +81,9 @@ class Detector:
         self.counters = Counters(self.maps, started_ns)
         self.watched = Watched(fds["map:watched"], self.maps, config.detect.kthreads)
         self.symbols = SymbolTable(kallsyms, feed)
-        host = LocalHost(self.maps, self.rings, self.symbols, is_virtual())
+        host = LocalHost(
+            self.maps, self.rings, self.symbols, is_virtual(), probes.description.percpu
+        )
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
         self.instance = f"{boot_id}-{started_ns:x}"
         """Unlike any other run's, across boots."""
@@ -138,11 +140,8 @@ class Detector:
             max_samples=config.detect.max_samples,
             max_stalls=config.storm.stalls_per_second,
             lookback=config.detect.lookback,
-            steal_offset=places.get("steal", 0),
-            cpustat_offset=places.get("cpustat", 0),
-            softnet_offset=places.get("softnet", 0),
-            regs_offset=places.get("regs", 0),
             tick_function=self._tick_functions,
+            **offsets(places),
         )
 
     def learn(self) -> dict[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -169,8 +170,35 @@ def percpu_places(btf: Btf) -> dict[str, int]:
         "cpustat": None if cpustat is None else cpustat + _CPUTIME_STEAL * 8,
         # The program reads both with one load.
         "softnet": softnet if softnet is not None and squeezed == softnet + 4 else None,
+        "received_rps": btf.percpu_offset("softnet_data", "received_rps"),
+        "backlog": btf.percpu_offset("softnet_data", "input_pkt_queue", "qlen"),
+        # Linux 6.18 counts drops by NUMA node, in two words.
+        "dropped": _first(
+            btf.percpu_offset("softnet_data", "dropped"),
+            btf.percpu_offset("softnet_data", "drop_counters", "drops0"),
+        ),
+        "dropped_more": btf.percpu_offset("softnet_data", "drop_counters", "drops1"),
+        "flow_limit": btf.percpu_offset("softnet_data", "flow_limit"),
     }
-    return {name: place - timer for name, place in places.items() if place is not None}
+    known = {name: place - timer for name, place in places.items() if place is not None}
+    count = _flow_count(btf) if "flow_limit" in known else None
+    if count is None:
+        known.pop("flow_limit", None)
+        return known
+    return known | {"flow_count": count}
+
+
+def _first(*places: int | None) -> int | None:
+    return next((place for place in places if place is not None), None)
+
+
+def _flow_count(btf: Btf) -> int | None:
+    """Where the low half of the count is in what softnet_data.flow_limit points to."""
+    try:
+        field = btf.field("sd_flow_limit", "count")
+    except MissingAbilityError:
+        return None
+    return field.offset + (field.size - 4 if sys.byteorder == "big" else 0)
 
 
 def _cannot_trace_net_rx_action(how: str, btf: Btf | None) -> str | None:
