@@ -12,6 +12,7 @@ _GSTRINGS, _GSTATS, _GSSET_INFO = 0x1B, 0x1D, 0x37
 _SS_STATS = 1
 _STRING = 32
 _MAX_COUNTERS = 1 << 14
+_MAX_LOST = 1024
 _HEAD = struct.Struct("=II")
 _STRINGS_HEAD = struct.Struct("=III")
 # struct ethtool_sset_info: cmd, reserved, a bit per set, the length of each that was there.
@@ -70,11 +71,11 @@ class DriverStats:
 
 def lost_counters(names: bytes) -> tuple[Lost, ...]:
     """The counters of lost packets among the driver's names, of 32 bytes each."""
-    found = []
+    found: list[Lost] = []
     for place in range(len(names) // _STRING):
         raw = names[place * _STRING : (place + 1) * _STRING].split(b"\0", 1)[0]
         name = raw.decode("utf-8", "backslashreplace")
         told = counter(name)
-        if told is not None:
+        if told is not None and len(found) < _MAX_LOST:
             found.append(Lost(name, told.queue, place))
     return tuple(found)
