@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import os
 import socket
 import struct
 from typing import NamedTuple, Self
@@ -64,7 +65,7 @@ class Ethtool:
             OSError: refused; EOPNOTSUPP where the driver does not have it.
         """
         buffer = ctypes.create_string_buffer(head, len(head) + size + _SLACK)
-        request = _IFREQ.pack(device.encode()[:15], ctypes.addressof(buffer))
+        request = _IFREQ.pack(os.fsencode(device)[:15], ctypes.addressof(buffer))
         fcntl.ioctl(self._socket, _SIOCETHTOOL, request)
         return buffer.raw
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_drops_of_a_cpu(watching: Daemon) -> None:
     assert last["received_rps"] is not None
     # At most one an interval.
     moments = [monotonic_ns(e["timestamp"]) for e in told]
-    assert all(b - a > 0.8e9 for a, b in zip(moments, moments[1:], strict=False))
+    assert all(b - a > 0.8e9 for a, b in pairwise(moments))
     assert "net.core.netdev_max_backlog" in told[0]["hint"]
     assert [q["device"] for q in told[0]["queues"] if q["rps"]] == [interface]
 
