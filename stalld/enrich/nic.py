@@ -190,6 +190,8 @@ class Surveyor:
             return
         self._named = irqs, devices
         self._names = {}
+        if not irqs and not devices:
+            return
         try:
             with (self._proc / "interrupts").open("rb") as file:
                 text = file.read(_MAX_BYTES).decode("utf-8", "replace")
