@@ -71,7 +71,8 @@ int handle_tick(struct bpf_raw_tracepoint_args *ctx)
 	struct watch_config *cfg;
 	struct tick_sample *sample;
 	struct cpu_state *st;
-	u64 now, last, id, softnet;
+	struct softnet_counts counts;
+	u64 now, last, id;
 	long bytes;
 
 	st = cpus.lookup(&cpu);
@@ -104,15 +105,19 @@ int handle_tick(struct bpf_raw_tracepoint_args *ctx)
 	st->last_lookback_ns = now;
 	id = bpf_get_current_pid_tgid();
 	task = (struct task_struct *)bpf_get_current_task();
-	softnet = softnet_counters(st, cfg);
+	counts = softnet(st, cfg);
 	/* The reader takes no sample whose time is 0, or changed meanwhile. */
 	*(volatile u64 *)&sample->time_ns = 0;
 	barrier();
 	sample->steal_ns = steal_clock(st, cfg);
 	sample->net_rx_ns = net_rx_so_far(st, now);
 	sample->net_rx_runs = st->net_rx_runs;
-	sample->processed = softnet;
-	sample->squeezed = softnet >> 32;
+	sample->processed = counts.processed;
+	sample->squeezed = counts.squeezed;
+	sample->dropped = counts.dropped;
+	sample->received_rps = counts.received_rps;
+	sample->flow_limit = counts.flow_limit;
+	sample->backlog = counts.backlog;
 	sample->tgid = id >> 32;
 	sample->tid = id;
 	bpf_probe_read_kernel(&sample->policy, sizeof(sample->policy), &task->policy);

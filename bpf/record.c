@@ -68,7 +68,7 @@ static __always_inline void emit(void *ctx, struct cpu_state *st, struct watch_c
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
 	u64 id = bpf_get_current_pid_tgid();
 	long kernel_bytes, user_bytes = 0;
-	u64 softnet;
+	struct softnet_counts counts;
 
 	if (st->muted)
 		return;
@@ -83,9 +83,13 @@ static __always_inline void emit(void *ctx, struct cpu_state *st, struct watch_c
 	rec->steal_ns = steal_clock(st, cfg);
 	rec->net_rx_ns = net_rx_so_far(st, now);
 	rec->net_rx_runs = st->net_rx_runs;
-	softnet = softnet_counters(st, cfg);
-	rec->processed = softnet;
-	rec->squeezed = softnet >> 32;
+	counts = softnet(st, cfg);
+	rec->processed = counts.processed;
+	rec->squeezed = counts.squeezed;
+	rec->dropped = counts.dropped;
+	rec->received_rps = counts.received_rps;
+	rec->flow_limit = counts.flow_limit;
+	rec->backlog = counts.backlog;
 	fill_waits(rec, st, type, now);
 	fill_service(rec, st, now);
 	rec->switched_ns = st->switched_ns;

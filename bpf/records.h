@@ -10,7 +10,7 @@
 #ifndef STALLD_RECORDS_H
 #define STALLD_RECORDS_H
 
-#define ABI_VERSION 2
+#define ABI_VERSION 3
 
 /* Softirq vectors, in the order of include/linux/interrupt.h. */
 #define VEC_HI 0
@@ -89,8 +89,12 @@ struct stall_record {
 	u32 sample_nr; /* samples written or lost so far, this one included */
 	u32 lost; /* records lost on this CPU, ever */
 	u32 net_rx_runs;
-	u32 processed; /* softnet_data.processed, time_squeeze */
+	u32 processed; /* of softnet_data, as /proc/net/softnet_stat shows them */
 	u32 squeezed;
+	u32 dropped;
+	u32 received_rps;
+	u32 flow_limit;
+	u32 backlog; /* not a counter: what waits in input_pkt_queue now */
 	u32 napi_ifindex; /* what a long NET_RX handler polled; 0: not known */
 	u32 napi_work;
 	u32 napi_budget;
@@ -195,6 +199,13 @@ struct watch_config {
 	s32 cpustat_offset; /* kernel_cpustat.cpustat[CPUTIME_STEAL] */
 	s32 softnet_offset; /* softnet_data.processed, and time_squeeze behind it */
 	s32 regs_offset; /* __irq_regs: where to find what the interrupt came over */
+	/* Further members of softnet_data. Drops may be counted in two words. */
+	s32 dropped_offset;
+	s32 dropped_more_offset;
+	s32 received_rps_offset;
+	s32 backlog_offset;
+	s32 flow_limit_offset; /* of a pointer, */
+	s32 flow_count_offset; /* and of the count in what it points to */
 };
 
 /* Watched threads whose pointers have one hash: one cache line. */
@@ -219,6 +230,10 @@ struct tick_sample {
 	u32 net_rx_runs;
 	u32 processed;
 	u32 squeezed;
+	u32 dropped;
+	u32 received_rps;
+	u32 flow_limit;
+	u32 backlog;
 	u32 tgid;
 	u32 tid;
 	u32 policy;

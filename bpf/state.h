@@ -199,15 +199,49 @@ static __always_inline u64 steal_clock(struct cpu_state *st, struct watch_config
 	return kvm.version ? kvm.steal : accounted;
 }
 
-/* softnet_data's counters processed (low half) and time_squeeze (high half). */
-static __always_inline u64 softnet_counters(struct cpu_state *st, struct watch_config *cfg)
-{
-	u64 counters = 0;
+/* What softnet_data says of this CPU. */
+struct softnet_counts {
+	u32 processed;
+	u32 squeezed;
+	u32 dropped;
+	u32 received_rps;
+	u32 flow_limit;
+	u32 backlog;
+};
 
-	if (st->tick_timer && cfg->softnet_offset)
-		bpf_probe_read_kernel(&counters, sizeof(counters),
+static __always_inline u32 softnet_word(struct cpu_state *st, s32 offset)
+{
+	u32 word = 0;
+
+	if (offset)
+		bpf_probe_read_kernel(&word, sizeof(word), (void *)(st->tick_timer + (s64)offset));
+	return word;
+}
+
+/* What this kernel does not have stays 0. */
+static __always_inline struct softnet_counts softnet(struct cpu_state *st, struct watch_config *cfg)
+{
+	struct softnet_counts counts = {};
+	u64 limit = 0;
+
+	if (!st->tick_timer)
+		return counts;
+	/* time_squeeze stands behind processed. */
+	if (cfg->softnet_offset)
+		bpf_probe_read_kernel(&counts, sizeof(u64),
 				      (void *)(st->tick_timer + (s64)cfg->softnet_offset));
-	return counters;
+	counts.dropped =
+		softnet_word(st, cfg->dropped_offset) + softnet_word(st, cfg->dropped_more_offset);
+	counts.received_rps = softnet_word(st, cfg->received_rps_offset);
+	counts.backlog = softnet_word(st, cfg->backlog_offset);
+	if (cfg->flow_limit_offset)
+		bpf_probe_read_kernel(&limit, sizeof(limit),
+				      (void *)(st->tick_timer + (s64)cfg->flow_limit_offset));
+	/* No limit was ever set on most hosts. */
+	if (limit)
+		bpf_probe_read_kernel(&counts.flow_limit, sizeof(counts.flow_limit),
+				      (void *)(limit + (s64)cfg->flow_count_offset));
+	return counts;
 }
 
 static __always_inline u64 net_rx_so_far(struct cpu_state *st, u64 now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 
 from stalld import __version__, events
 from stalld.config import Settings
@@ -75,9 +76,19 @@ def started(
 
 
 def stopped(
-    pipeline: Pipeline, maps: Maps, rings: Rings, uptime_ns: int, sinks: list[events.Event]
+    pipeline: Pipeline,
+    maps: Maps,
+    rings: Rings,
+    uptime_ns: int,
+    sinks: list[events.Event],
+    faults: Mapping[str, int],
 ) -> events.Event:
-    """The ``stopped`` event: totals of the run; ``sinks``: what became of all events."""
+    """The ``stopped`` event: totals of the run.
+
+    Args:
+        sinks: what became of all events.
+        faults: why something was left out of events, and how often.
+    """
     return {
         "uptime_ms": events.milliseconds(uptime_ns),
         "stalls": pipeline.stalls,
@@ -93,5 +104,6 @@ def stopped(
         "net_rx_max_ms": events.milliseconds(max(s.net_rx_max_ns for s in maps.cpus)),
         "napi": events.napi(rings.napi_totals()),
         "serves_inline": maps.serves_inline(),
+        "faults": [{"reason": reason, "count": count} for reason, count in sorted(faults.items())],
         "sinks": sinks,
     }

@@ -96,6 +96,41 @@ class Storm:
     ] = 5
 
 
+_PER_S = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Softnet:
+    """What CPUs drop, or leave over, of received packets, whether or not there is a stall."""
+
+    enabled: Annotated[
+        bool, SWITCH, "CPUs that drop packets, or run out of their budget, are told of"
+    ] = True
+    interval_s: Annotated[
+        float,
+        number(float, 1, 3600),
+        "the counters of CPUs and devices are looked at each time so many seconds are over",
+    ] = 10.0
+    drops_per_s: Annotated[
+        float, number(float, 0, _PER_S), "a CPU may drop so many packets in a second"
+    ] = 1.0
+    squeezes_per_s: Annotated[
+        float,
+        number(float, 0, _PER_S),
+        "a CPU may leave packets over, its budget used up, so many times in a second",
+    ] = 100.0
+
+
+@dataclass(frozen=True)
+class Nic:
+    """What network devices drop of received packets."""
+
+    enabled: Annotated[bool, SWITCH, "devices that drop packets are told of"] = True
+    drops_per_s: Annotated[
+        float, number(float, 0, _PER_S), "a device may drop so many packets in a second"
+    ] = 10.0
+
+
 @dataclass(frozen=True)
 class StdoutSink:
     """Standard output: under systemd that is the journal."""
@@ -218,6 +253,8 @@ class Config:
 
     detect: Detect = Detect()
     storm: Storm = Storm()
+    softnet: Softnet = Softnet()
+    nic: Nic = Nic()
     sinks: Sinks = Sinks()
     live: Live = Live()
 

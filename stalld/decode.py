@@ -23,17 +23,17 @@ from stalld.records import (
 
 # struct stall_record up to its kernel stack, which is sent only as far as filled.
 HEAD = struct.Struct(
-    f"=4I8Q{len(VECTORS)}Q{WAITERS}Q{WAITERS}I16I{COMM_LEN}s2I{COMM_LEN}s{USER_STACK_DEPTH}Q"
+    f"=4I8Q{len(VECTORS)}Q{WAITERS}Q{WAITERS}I20I{COMM_LEN}s2I{COMM_LEN}s{USER_STACK_DEPTH}Q"
 )
 _WAIT_NS = 12
 _WAITER_NS = _WAIT_NS + len(VECTORS)
 _WAITER_PID = _WAITER_NS + WAITERS
 _AFTER_WAITERS = _WAITER_PID + WAITERS
 # The device's name, the two stack sizes and the task's name, before the user stack.
-_NAPI_NAME = _AFTER_WAITERS + 16
+_NAPI_NAME = _AFTER_WAITERS + 20
 _USER_STACK = _NAPI_NAME + 4
 TASK = struct.Struct(f"=QIIII{COMM_LEN}s")
-TICK = struct.Struct(f"=3Q10I{COMM_LEN}s{LOOKBACK_DEPTH}Q")
+TICK = struct.Struct(f"=3Q14I{COMM_LEN}s{LOOKBACK_DEPTH}Q")
 
 
 def decode(data: bytes | memoryview) -> StallRecord:
@@ -103,12 +103,12 @@ def decode_tick(data: bytes) -> TickSample:
     if len(data) != TICK.size:
         raise DecodeError(f"tick sample of {len(data)} bytes is not {TICK.size}")
     head = TICK.unpack(data)
-    *numbers, kind, serving, stack_bytes, comm = head[:14]
+    *numbers, kind, serving, stack_bytes, comm = head[:18]
     if stack_bytes % 8 or stack_bytes > LOOKBACK_DEPTH * 8:
         raise DecodeError(f"impossible stack size of {stack_bytes} bytes in a tick sample")
     try:
         known = TickKind(kind)
     except ValueError as error:
         raise DecodeError(f"unknown tick sample: {error}") from None
-    stack = head[14 : 14 + stack_bytes // 8]
+    stack = head[18 : 18 + stack_bytes // 8]
     return TickSample._make((*numbers, known, serving, comm.split(b"\0", 1)[0], stack))

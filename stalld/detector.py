@@ -7,7 +7,7 @@ rest, and does nothing by itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from stalld import bookends, events
@@ -15,6 +15,7 @@ from stalld.config import Settings
 from stalld.counters import Counters
 from stalld.enrich.kallsyms import Kallsyms
 from stalld.enrich.ksymbols import KsymbolFeed
+from stalld.enrich.nic import Inventory
 from stalld.enrich.symbols import SymbolTable
 from stalld.errors import DecodeError
 from stalld.host import LocalHost, is_virtual
@@ -24,7 +25,7 @@ from stalld.probe.client import Probes, possible_cpus
 from stalld.records import VECTORS
 from stalld.rings import Rings
 from stalld.sinks.emitter import Emitter
-from stalld.state import Maps
+from stalld.state import Maps, offsets
 from stalld.track.fold import Folder
 from stalld.track.stall import Tracker
 
@@ -54,6 +55,7 @@ class Detector:
         started_ns: CLOCK_MONOTONIC; makes stall ids unique.
         on_bad_record: see :class:`Pipeline`.
         on_hotplug: likewise.
+        inventory: likewise.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Detector:
         started_ns: int,
         on_bad_record: Callable[[DecodeError], None],
         on_hotplug: Callable[[int], None],
+        inventory: Callable[[], Inventory | None],
     ) -> None:
         self._probes = probes
         self._settings = settings
@@ -81,7 +84,9 @@ class Detector:
         self.counters = Counters(self.maps, started_ns)
         self.watched = Watched(fds["map:watched"], self.maps, config.detect.kthreads)
         self.symbols = SymbolTable(kallsyms, feed)
-        host = LocalHost(self.maps, self.rings, self.symbols, is_virtual())
+        host = LocalHost(
+            self.maps, self.rings, self.symbols, is_virtual(), probes.description.percpu
+        )
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
         self.instance = f"{boot_id}-{started_ns:x}"
         """Unlike any other run's, across boots."""
@@ -96,6 +101,7 @@ class Detector:
             clocks_ns=clocks_ns,
             on_bad_record=on_bad_record,
             on_hotplug=on_hotplug,
+            inventory=inventory,
         )
 
     def start(self, missing: list[events.Event], sinks: list[str]) -> None:
@@ -138,11 +144,8 @@ class Detector:
             max_samples=config.detect.max_samples,
             max_stalls=config.storm.stalls_per_second,
             lookback=config.detect.lookback,
-            steal_offset=places.get("steal", 0),
-            cpustat_offset=places.get("cpustat", 0),
-            softnet_offset=places.get("softnet", 0),
-            regs_offset=places.get("regs", 0),
             tick_function=self._tick_functions,
+            **offsets(places),
         )
 
     def learn(self) -> dict[int, int]:
@@ -162,14 +165,15 @@ class Detector:
             self.pipeline.take_suppressed(*muted)
         self.pipeline.flush()
 
-    def finish(self, sinks: Callable[[], list[events.Event]]) -> None:
+    def finish(self, sinks: Callable[[], list[events.Event]], faults: Mapping[str, int]) -> None:
         """Close what is open, tell what is left, say goodbye.
 
         Args:
+            faults: what could not be found out besides, and how often.
             sinks: what became of all events until then.
         """
         self.report()
         self.pipeline.finish()
         uptime_ns = time.monotonic_ns() - self._started_ns
-        fields = bookends.stopped(self.pipeline, self.maps, self.rings, uptime_ns, sinks())
+        fields = bookends.stopped(self.pipeline, self.maps, self.rings, uptime_ns, sinks(), faults)
         self._emitter.emit("stopped", "info", fields)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from stalld.enrich.nic import Inventory
+from stalld.enrich.nic_hints import Facts, hints, joined
 from stalld.records import VECTORS
 from stalld.rings import Napi
 from stalld.track.evidence import path
@@ -22,6 +24,9 @@ Event = dict[str, Any]
 
 # include/uapi/linux/sched.h
 _POLICIES = {0: "other", 1: "fifo", 2: "rr", 3: "batch", 5: "idle", 6: "deadline", 7: "ext"}
+
+MAX_NET_HINTS = 1
+"""Sentences of a stall's hint that are about packets, besides the one about its cause."""
 
 LOOKBACK_FRAMES = 10
 """Innermost frames of a look-back stack: journald cuts lines at 48 KiB."""
@@ -63,6 +68,7 @@ def stall(
     boot_wall_ns: int,
     sampler: str,
     names: Mapping[int, bytes],
+    inventory: Inventory | None = None,
 ) -> Event:
     """The ``stall`` event.
 
@@ -72,6 +78,7 @@ def stall(
         boot_wall_ns: wall-clock time of CLOCK_MONOTONIC zero.
         sampler: what takes the samples: ``tick`` or ``none``.
         names: pid → name of the watched threads.
+        inventory: which queues the CPUs serve; None: not known.
     """
     return {
         "phase": update.phase.value,
@@ -110,8 +117,8 @@ def stall(
             "ended": update.ended.value if update.ended else None,
         },
         "lookback": None if update.lookback is None else _lookback(update),
-        "net": _net(update.net),
-        "hint": hint(update),
+        "net": _net(update.net, queues(inventory, update.cpu)),
+        "hint": joined(hint(update), *hints(_facts(update, inventory), MAX_NET_HINTS)),
     }
 
 
@@ -154,12 +161,45 @@ def _lookback(update: Update) -> list[Event]:
     return entries
 
 
-def _net(net: Net) -> Event:
+def queues(inventory: Inventory | None, cpu: int) -> list[Event] | None:
+    """The queues that ``cpu`` serves; None: it is not known."""
+    if inventory is None:
+        return None
+    settings = {device.name: device.settings for device in inventory.devices.values()}
+    return [
+        {
+            "device": queue.device,
+            "queue": queue.number,
+            "irq": queue.irq,
+            "rps": queue.rps,
+            **settings[queue.device]._asdict(),
+        }
+        for queue in inventory.queues.get(cpu, ())
+    ]
+
+
+def _facts(update: Update, inventory: Inventory | None) -> Facts:
+    net = update.net
+    return Facts(
+        cpu=update.cpu,
+        dropped=net.dropped or 0,
+        flow_limited=net.flow_limited or 0,
+        squeezed=net.squeezed or 0,
+        inventory=inventory,
+    )
+
+
+def _net(net: Net, served: list[Event] | None) -> Event:
     return {
         "net_rx_runs": net.runs,
         "net_rx_ms": milliseconds(net.service_ns),
         "packets": net.packets,
         "time_squeeze": net.squeezed,
+        "dropped": net.dropped,
+        "received_rps": net.received_rps,
+        "flow_limit": net.flow_limited,
+        "backlog": net.backlog,
+        "queues": served,
         "napi": None if net.napi is None else napi(net.napi),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from stalld.enrich.symbols import SymbolTable
@@ -18,9 +18,18 @@ class LocalHost:
 
     Args:
         virtual: this machine is a guest (see :func:`is_virtual`).
+        places: see ``Description.percpu``.
     """
 
-    def __init__(self, maps: Maps, rings: Rings, symbols: SymbolTable, virtual: bool) -> None:
+    def __init__(
+        self,
+        maps: Maps,
+        rings: Rings,
+        symbols: SymbolTable,
+        virtual: bool,
+        places: Collection[str],
+    ) -> None:
+        self._counts = frozenset(places)
         self._maps = maps
         self._rings = rings
         self._symbols = symbols
@@ -43,6 +52,10 @@ class LocalHost:
             return Tick(sample, "user", ())
         mode = "softirq" if sample.serving else "kernel" if sample.tid else "idle"
         return Tick(sample, mode, tuple(map(self._symbols.format, sample.stack)))
+
+    def counts(self) -> frozenset[str]:
+        """Which of softnet_data's members the programs can read."""
+        return self._counts
 
     def serves_inline(self) -> bool | None:
         """Whether this kernel serves softirqs while ksoftirqd is runnable."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from stalld import events
 from stalld.decode import decode
+from stalld.enrich.nic import Inventory
 from stalld.enrich.stack import Kind, below
 from stalld.enrich.symbols import SymbolTable
 from stalld.errors import DecodeError
@@ -37,6 +38,7 @@ class Pipeline:
         clocks_ns: CLOCK_MONOTONIC and CLOCK_REALTIME, taken together.
         on_bad_record: told of a record that could not be decoded.
         on_hotplug: told of a CPU that goes down or comes up.
+        inventory: which queues the CPUs serve, from memory; None: not known.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Pipeline:
         clocks_ns: Callable[[], tuple[int, int]],
         on_bad_record: Callable[[DecodeError], None],
         on_hotplug: Callable[[int], None],
+        inventory: Callable[[], Inventory | None] = lambda: None,
     ) -> None:
         self.symbols = symbols
         self.tracker = tracker
@@ -70,6 +73,7 @@ class Pipeline:
         self._clocks_ns = clocks_ns
         self._on_bad_record = on_bad_record
         self._on_hotplug = on_hotplug
+        self._inventory = inventory
 
     def apply(self, threshold_ns: int, per_minute: int) -> None:
         """Go by another threshold and another limit of identical stalls from now on."""
@@ -151,6 +155,7 @@ class Pipeline:
                 boot_wall_ns=boot_wall_ns,
                 sampler=self._sampler,
                 names=self._names,
+                inventory=self._inventory(),
             )
             self._emitter.emit("stall", events.stall_level(line, self.tracker.threshold_ns), event)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 VECTORS = (
     "HI",
@@ -71,9 +71,11 @@ class StallRecord(NamedTuple):
     ``waiter_ns`` and ``waiter_pid`` say the same of watched threads, ksoftirqd
     first. ``late_ns``: the longest that a tick of this stall came too late.
     ``served_ns``: the longest run of one handler, of vector ``served_vec``.
-    ``steal_ns``, ``net_rx_ns``, ``net_rx_runs``, ``processed`` and ``squeezed``
-    are counters of the CPU that only grow. ``switched_ns``: since when the
-    task has had the CPU, if it got it while something waited.
+    ``steal_ns``, ``net_rx_ns``, ``net_rx_runs`` and ``processed`` to ``flow_limit``
+    are counters of the CPU that only grow; what the kernel does not have is 0.
+    ``backlog``: packets that waited in the CPU's queue just then.
+    ``switched_ns``: since when the task has had the CPU, if it got it while
+    something waited.
     """
 
     type: RecordType
@@ -104,6 +106,10 @@ class StallRecord(NamedTuple):
     net_rx_runs: int
     processed: int
     squeezed: int
+    dropped: int
+    received_rps: int
+    flow_limit: int
+    backlog: int
     napi_ifindex: int
     napi_work: int
     napi_budget: int
@@ -147,6 +153,10 @@ class TickSample(NamedTuple):
     net_rx_runs: int
     processed: int
     squeezed: int
+    dropped: int
+    received_rps: int
+    flow_limit: int
+    backlog: int
     tgid: int
     tid: int
     policy: int

@@ -17,10 +17,11 @@ from structlog.typing import FilteringBoundLogger
 
 from stalld import __version__, degraded, events, liveness
 from stalld.config import Settings
-from stalld.detector import Detector
+from stalld.detector import Detector, clocks_ns
 from stalld.enrich.kallsyms import Kallsyms
 from stalld.enrich.ksymbols import KsymbolError, KsymbolFeed
 from stalld.errors import ConfigError, DecodeError, ProbeError, StalldError
+from stalld.netwatch import NetWatch
 from stalld.notify import Notifier
 from stalld.output import Output
 from stalld.perf import NMI_HZ, NmiSampler, SamplerError
@@ -151,12 +152,14 @@ class Service:
                 raise self._failure
             with self._lock:
                 self._reader.consume()
-                self._detector.finish(output.sinks)
+                self._detector.finish(output.sinks, self._netwatch.faults)
         finally:
             # Before anything is detached: the kernel takes its time while a CPU is stuck.
             await output.close()
 
     def _attach(self, probes: Probes, kallsyms: Kallsyms) -> None:
+        netwatch = NetWatch(self._settings.config, self._output.emit, clocks_ns)
+        self._netwatch = netwatch
         self._detector = Detector(
             probes,
             kallsyms,
@@ -167,6 +170,7 @@ class Service:
             on_bad_record=self._log_bad_record,
             # Called where the record is read; looked at where the loop follows up.
             on_hotplug=lambda cpu: self._upkeep.hotplugged.add(cpu),
+            inventory=netwatch.lookup,
         )
         reader = PerfReader(probes.fds["map:events"], self._detector.pipeline.take, lock=self._lock)
         self._reader = reader
@@ -190,6 +194,7 @@ class Service:
         self._resources.callback(self._upkeep.cancel)
         self._upkeep.start()
         self._upkeep.keep(self._reload_when_asked())
+        self._upkeep.keep(netwatch.run())
         reading = self._upkeep.reading
         self._upkeep.keep(liveness.feed(self._notifier, reading.moves, reading.read))
 
@@ -234,6 +239,7 @@ class Service:
             self._upkeep.sampler = None
         elif settings.config.detect.nmi_sampler and not before.config.detect.nmi_sampler:
             self._log.warning("detect.nmi_sampler = true takes effect at the next start")
+        self._netwatch.apply(settings.config)
         await self._output.apply(settings.config)
         self._log.info("reloaded", configuration=name)
         if self._misconfigured:

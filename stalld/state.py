@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
 
 from stalld.records import BRIEF_BIT, COMM_LEN, LOOKBACK_RINGS, VEC_PENDING, VECTORS, WAITERS
@@ -110,7 +111,26 @@ class WatchConfig(ctypes.Structure):
         ("cpustat_offset", ctypes.c_int32),
         ("softnet_offset", ctypes.c_int32),
         ("regs_offset", ctypes.c_int32),
+        ("dropped_offset", ctypes.c_int32),
+        ("dropped_more_offset", ctypes.c_int32),
+        ("received_rps_offset", ctypes.c_int32),
+        ("backlog_offset", ctypes.c_int32),
+        ("flow_limit_offset", ctypes.c_int32),
+        ("flow_count_offset", ctypes.c_int32),
     )
+
+
+_OFFSET = "_offset"
+
+
+def offsets(places: Mapping[str, int]) -> dict[str, int]:
+    """The settings of :meth:`Maps.watch` that tell where things are.
+
+    Args:
+        places: see ``Description.percpu``; what is not there is not known.
+    """
+    names = [name for name, _ in WatchConfig._fields_ if name.endswith(_OFFSET)]
+    return {name: places.get(name.removesuffix(_OFFSET), 0) for name in names}
 
 
 class StallState(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from stalld import __version__
-from stalld.check import host, kernel
+from stalld.check import host, kernel, nics
 from stalld.check.probes import try_probes
 from stalld.check.report import Item, Report, State, render
 from stalld.detector import tick_ns
@@ -29,6 +29,7 @@ def check() -> Report:
         symbols.item,
         *kernel.tick(tick_ns()),
         kernel.preemption(),
+        *nics.network(),
     ]
     trial = try_probes(tick_ns(), symbols)
     return Report(__version__, os.uname().release, (*items, *trial.items), trial.serves_inline)

@@ -22,7 +22,7 @@ from stalld.probe.client import ProbeChild, Probes, load_probes, possible_cpus
 from stalld.reader import PerfReader, online_cpus
 from stalld.records import VECTORS
 from stalld.rings import Rings
-from stalld.state import Maps
+from stalld.state import Maps, offsets
 
 _NEVER_NS = 60 * 10**9
 """A threshold that nothing reaches: the programs watch, yet record no stall."""
@@ -93,11 +93,8 @@ def _start(probes: Probes, tick_ns: int, symbols: Symbols) -> tuple[Maps, list[I
         tick_ns=tick_ns,
         vec_mask=(1 << len(VECTORS)) - 1,
         lookback=1,
-        steal_offset=places.get("steal", 0),
-        cpustat_offset=places.get("cpustat", 0),
-        softnet_offset=places.get("softnet", 0),
-        regs_offset=places.get("regs", 0),
         tick_function=symbols.tick_functions,
+        **offsets(places),
     )
     return maps, items
 

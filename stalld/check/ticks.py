@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stalld.check.report import Item, State
+from stalld.enrich import softnet
+from stalld.enrich.softnet import Softnet
 from stalld.records import TickSample
 
 LOOKBACK = "look-back"
@@ -15,11 +17,6 @@ SOFTNET = "softnet counters"
 
 _BLIND = "nothing is known of what ran before a stall, and times with interrupts off are not seen"
 _SEE_LOOKBACK = f"see {LOOKBACK}"
-# seq_file's columns of /proc/net/softnet_stat, see softnet_seq_show() in net/core/net-procfs.c
-_PROCESSED, _SQUEEZED, _CPU = 0, 2, 12
-
-Softnet = tuple[int, int]
-"""Packets processed, and runs of net_rx_action that used up their budget."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +134,9 @@ def softnet_counters(look: Look) -> Item:
     if look.before is None or look.after is None:
         return Item(SOFTNET, State.OK, "read at each tick; /proc/net/softnet_stat not readable")
     tick = look.ticks[-1]
-    told = tick.processed, tick.squeezed
-    columns = zip(look.before, told, look.after, strict=True)
-    if all(_between(*column) for column in columns):
-        packets = (look.after[0] - look.before[0]) % (1 << 32)
+    wrong = [name for name, told in _told(look.places, tick).items() if not _fits(look, name, told)]
+    if not wrong:
+        packets = (look.after.processed - look.before.processed) % (1 << 32)
         return Item(
             SOFTNET,
             State.OK,
@@ -150,11 +146,32 @@ def softnet_counters(look: Look) -> Item:
     return Item(
         SOFTNET,
         State.DEGRADED,
-        f"CPU {look.cpu}: a tick read {told}, /proc/net/softnet_stat told {look.before} before and "
-        f"{look.after} after",
-        "packets and time_squeeze of a stall are wrong",
+        "; ".join(
+            f"CPU {look.cpu}: a tick read {name} {_told(look.places, tick)[name]}, "
+            f"/proc/net/softnet_stat told {getattr(look.before, name)} before and "
+            f"{getattr(look.after, name)} after"
+            for name in wrong
+        ),
+        "what a stall tells of the network is wrong",
         "report the kernel's version; the rest of an event does not depend on them",
     )
+
+
+def _told(places: Mapping[str, int], tick: TickSample) -> dict[str, int]:
+    """The counters that a tick can read, by their names in :class:`Softnet`."""
+    told = {"processed": tick.processed, "squeezed": tick.squeezed}
+    if "dropped" in places:
+        told["dropped"] = tick.dropped
+    if "received_rps" in places:
+        told["received_rps"] = tick.received_rps
+    if "flow_limit" in places:
+        told["flow_limited"] = tick.flow_limit
+    return told
+
+
+def _fits(look: Look, name: str, told: int) -> bool:
+    low, high = getattr(look.before, name), getattr(look.after, name)
+    return low is None or high is None or _between(low, told, high)
 
 
 def _between(low: int, value: int, high: int) -> bool:
@@ -162,21 +179,13 @@ def _between(low: int, value: int, high: int) -> bool:
     return (value - low) % (1 << 32) <= (high - low) % (1 << 32)
 
 
-def softnet_stat(
-    cpu: int, online: Sequence[int], path: str = "/proc/net/softnet_stat"
-) -> Softnet | None:
+def softnet_stat(cpu: int, online: Sequence[int], path: str = softnet.PATH) -> Softnet | None:
     """The counters of ``cpu`` as /proc shows them; None where it does not.
 
     Args:
         online: the CPUs that have a row. Linux before 5.10 does not name them.
     """
     try:
-        rows = [
-            [int(word, 16) for word in row.split()] for row in Path(path).read_text().splitlines()
-        ]
-        for number, row in zip(online, rows, strict=False):
-            if (row[_CPU] if len(row) > _CPU else number) == cpu:
-                return row[_PROCESSED], row[_SQUEEZED]
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
+        return softnet.parse(Path(path).read_text(), online).get(cpu)
+    except (OSError, ValueError):
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -152,27 +153,54 @@ def _nmi_sampler(request: Request, btf: Btf | None, missing: list[Missing]) -> b
     return False
 
 
-def percpu_places(btf: Places) -> dict[str, int]:
+def percpu_places(variables: Places, btf: Btf) -> dict[str, int]:
     """See :class:`Description`; what the kernel does not have is left out.
 
     A raw tracepoint has no way to this CPU's variables, but the timer of the
     tick is one of them, and the hook passes its address.
     """
-    timer = btf.percpu_offset("tick_cpu_sched", "sched_timer")
+    timer = variables.percpu_offset("tick_cpu_sched", "sched_timer")
     if timer is None:
         return {}
-    steal = btf.percpu_offset("steal_time", "steal")
-    cpustat = btf.percpu_offset("kernel_cpustat", "cpustat")
-    softnet = btf.percpu_offset("softnet_data", "processed")
-    squeezed = btf.percpu_offset("softnet_data", "time_squeeze")
+    steal = variables.percpu_offset("steal_time", "steal")
+    cpustat = variables.percpu_offset("kernel_cpustat", "cpustat")
+    softnet = variables.percpu_offset("softnet_data", "processed")
+    squeezed = variables.percpu_offset("softnet_data", "time_squeeze")
     places = {
-        "regs": btf.percpu_offset("__irq_regs"),
+        "regs": variables.percpu_offset("__irq_regs"),
         "steal": steal,
         "cpustat": None if cpustat is None else cpustat + _CPUTIME_STEAL * 8,
         # The program reads both with one load.
         "softnet": softnet if softnet is not None and squeezed == softnet + 4 else None,
+        "received_rps": variables.percpu_offset("softnet_data", "received_rps"),
+        "backlog": variables.percpu_offset("softnet_data", "input_pkt_queue", "qlen"),
+        # Linux 6.18 counts drops by NUMA node, in two words.
+        "dropped": _first(
+            variables.percpu_offset("softnet_data", "dropped"),
+            variables.percpu_offset("softnet_data", "drop_counters", "drops0"),
+        ),
+        "dropped_more": variables.percpu_offset("softnet_data", "drop_counters", "drops1"),
+        "flow_limit": variables.percpu_offset("softnet_data", "flow_limit"),
     }
-    return {name: place - timer for name, place in places.items() if place is not None}
+    known = {name: place - timer for name, place in places.items() if place is not None}
+    count = _flow_count(btf) if "flow_limit" in known else None
+    if count is None:
+        known.pop("flow_limit", None)
+        return known
+    return known | {"flow_count": count}
+
+
+def _first(*places: int | None) -> int | None:
+    return next((place for place in places if place is not None), None)
+
+
+def _flow_count(btf: Btf) -> int | None:
+    """Where the low half of the count is in what softnet_data.flow_limit points to."""
+    try:
+        field = btf.field("sd_flow_limit", "count")
+    except MissingAbilityError:
+        return None
+    return field.offset + (field.size - 4 if sys.byteorder == "big" else 0)
 
 
 def _cannot_trace_net_rx_action(how: str, btf: Btf | None) -> str | None:
@@ -241,7 +269,7 @@ def _build(
         bcc_version=str(__version__),
         compile_ms=round((compiled - clock) * 1e3, 1),
         attach_ms=round((time.monotonic() - compiled) * 1e3, 1),
-        percpu=percpu_places(percpu.places(btf)) if btf else {},
+        percpu=percpu_places(percpu.places(btf), btf) if btf else {},
     )
     return description, list(fds.values())
 

@@ -67,7 +67,8 @@ class Description:
     Names are ``map:NAME``, ``link:HOOK``, ``iter:task`` and ``prog:nmi``. ``net_rx_action``
     is ``kfunc``, ``kprobe`` or ``softirq`` (entry and exit of NET_RX stand in).
     ``percpu`` tells where things are relative to the hrtimer of the CPU's tick:
-    ``regs``, ``steal``, ``cpustat`` and ``softnet``, as far as the kernel has them.
+    ``regs``, ``steal``, ``cpustat``, ``softnet`` and further members of softnet_data, as far as
+    the kernel has them. (``flow_count`` is relative to what ``flow_limit`` points to.)
     """
 
     structs: str

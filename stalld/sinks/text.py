@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 TOP_FRAMES = 8
+TOP_QUEUES = 4
 
 
 def safe(value: object) -> str:
@@ -18,6 +19,9 @@ def render(event: Mapping[str, Any]) -> str:
     head = f"{event['timestamp']} {event['level']:<7} {event['event']}"
     if event["event"] == "stall":
         return "\n".join([head + _summary(event), *_details(event)])
+    if event["event"] in ("softnet", "nic"):
+        of = _softnet(event) if event["event"] == "softnet" else _nic(event)
+        return "\n".join([head + of, *_hint(event)])
     if event["event"] == "suppressed":
         return "\n".join([head + _suppressed(event), *_frames(event["stack"])])
     rest = " ".join(
@@ -46,6 +50,47 @@ def _suppressed(event: Mapping[str, Any]) -> str:
     )
 
 
+def _softnet(event: Mapping[str, Any]) -> str:
+    return (
+        f" cpu {event['cpu']}: {event['dropped']} packets dropped, budget used up "
+        f"{event['time_squeeze']} times ({event['phase']}; {event['packets']} packets since "
+        f"{event['since']})"
+    )
+
+
+def _nic(event: Mapping[str, Any]) -> str:
+    queues = ", ".join(
+        f"{safe(queue['counter'])} {queue['drops']}" for queue in event["queues"][:TOP_QUEUES]
+    )
+    return (
+        f" {safe(event['device'])}: {event['drops']} packets dropped"
+        + (f" ({queues})" if queues else "")
+        + f" ({event['phase']}; {event['packets']} packets since {event['since']})"
+    )
+
+
+def _network(net: Mapping[str, Any]) -> list[str]:
+    """What its packets had to suffer, and where they come from; nothing where none came."""
+    told = [f"{net['dropped']} packets dropped"] if net["dropped"] else []
+    if net["time_squeeze"]:
+        told.append(f"budget used up {net['time_squeeze']} times")
+    places = dict.fromkeys(_queue(queue) for queue in net["queues"] or ())
+    if places:
+        shown = [safe(place) for place in places][:TOP_QUEUES]
+        more = [f"{len(places) - TOP_QUEUES} more"] if len(places) > TOP_QUEUES else []
+        told.append(f"it serves {', '.join([*shown, *more])}")
+    return [f"    network: {'; '.join(told)}"] if told else []
+
+
+def _queue(queue: Mapping[str, Any]) -> str:
+    number = "" if queue["queue"] is None else f" rx queue {queue['queue']}"
+    return f"{queue['device']}{number}{' (RPS)' if queue['rps'] else ''}"
+
+
+def _hint(event: Mapping[str, Any]) -> list[str]:
+    return [f"    hint: {safe(event['hint'])}"] if event["hint"] else []
+
+
 def _details(event: Mapping[str, Any]) -> list[str]:
     lines = []
     blocker, handler, evidence = event["blocker"], event["handler"], event["evidence"]
@@ -69,9 +114,7 @@ def _details(event: Mapping[str, Any]) -> list[str]:
     if evidence["stolen_ms"] and evidence["stolen_ms"] >= 1:
         lines.append(f"    the hypervisor took {evidence['stolen_ms']:.1f} ms")
     lines += _frames(event["stack"]["kernel"], " (after)" * (event["stack"]["captured"] == "after"))
-    if event["hint"]:
-        lines.append(f"    hint: {event['hint']}")
-    return lines
+    return lines + _network(event["net"]) + _hint(event)
 
 
 def _frames(frames: list[str], note: str = "") -> list[str]:

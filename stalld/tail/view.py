@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from datetime import datetime, tzinfo
 from typing import Any, NamedTuple
 
-from stalld.sinks.text import safe
+from stalld.sinks.text import TOP_QUEUES, safe
 
 TOP_FRAMES = 6
 TEXT_LINES = 3
@@ -172,6 +172,7 @@ def _details(event: Mapping[str, Any], width: int) -> list[Line]:
         lines.append((*_label(label), Span(frame, "cyan"), Span("" if number else after, "dim")))
     if len(frames) > TOP_FRAMES:
         lines.append(_row("", f"… {len(frames) - TOP_FRAMES} more", "dim"))
+    lines += [_row("net", text) for text in _network(_map(event.get("net")))]
     hint = _text(event.get("hint"))[:MAX_TEXT]
     folded = textwrap.wrap(
         hint, max(width - _INDENT - _LABEL, 20), max_lines=TEXT_LINES, placeholder=" …"
@@ -240,6 +241,29 @@ def _also(event: Mapping[str, Any]) -> list[str]:
     return told
 
 
+def _network(net: Mapping[str, Any]) -> list[str]:
+    """What became of packets, and which queues the CPU serves; nothing where neither is known."""
+    told = []
+    if _number(net.get("dropped")):
+        told.append(f"{_text(net['dropped'])} packets dropped")
+    if _number(net.get("time_squeeze")):
+        told.append(f"budget used up {_text(net['time_squeeze'])} times")
+    queues = dict.fromkeys(_queue(_map(queue)) for queue in _list(net.get("queues")))
+    if queues:
+        more = [f"{len(queues) - TOP_QUEUES} more"] if len(queues) > TOP_QUEUES else []
+        told.append(f"serves {', '.join([*list(queues)[:TOP_QUEUES], *more])}")
+    return ["; ".join(told)] if told else []
+
+
+def _queue(queue: Mapping[str, Any]) -> str:
+    number = _text(queue.get("queue"))
+    return (
+        _text(queue.get("device"))
+        + (f" rx queue {number}" if number else "")
+        + (" (RPS)" if queue.get("rps") else "")
+    )
+
+
 def _other_event(event: Mapping[str, Any], width: int, zone: tzinfo | None) -> list[Line]:
     """One line, folded where it is too long: nobody draws over it, and reasons are for reading."""
     kind = _text(event.get("event"))
@@ -249,6 +273,8 @@ def _other_event(event: Mapping[str, Any], width: int, zone: tzinfo | None) -> l
         "suppressed": _suppressed,
         "records_lost": _records_lost,
         "degraded": _degraded,
+        "softnet": _softnet,
+        "nic": _nic,
     }.get(kind, _other)(event)
     head: Line = (*_when(event, zone), Span(kind, _level(event) or "bold"), Span("  "))
     first, *more = textwrap.wrap(
@@ -290,6 +316,27 @@ def _suppressed(event: Mapping[str, Any]) -> str:
         + (f" like {like}" if like else "")
         + f", {duration(_number(event.get('total_ms')))} in all ({_text(event.get('reason'))})"
     )
+
+
+def _softnet(event: Mapping[str, Any]) -> str:
+    return (
+        f"cpu {_text(event.get('cpu'))}: {_text(event.get('dropped'))} packets dropped, budget "
+        f"used up {_text(event.get('time_squeeze'))} times{_episode(event)}"
+    )
+
+
+def _nic(event: Mapping[str, Any]) -> str:
+    queues = [_map(queue) for queue in _list(event.get("queues"))[:TOP_QUEUES]]
+    told = ", ".join(f"{_text(q.get('counter'))} {_text(q.get('drops'))}" for q in queues)
+    return (
+        f"{_text(event.get('device'))}: {_text(event.get('drops'))} packets dropped"
+        + (f", {told}" if told else "")
+        + _episode(event)
+    )
+
+
+def _episode(event: Mapping[str, Any]) -> str:
+    return f" ({_text(event.get('phase'))}; {_text(event.get('packets'))} received)"
 
 
 def _records_lost(event: Mapping[str, Any]) -> str:

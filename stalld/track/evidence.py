@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import cached_property
 from typing import NamedTuple, overload
 
@@ -252,10 +252,11 @@ def blocker_at(tick: Tick) -> Blocker:
     )
 
 
-def net_of(stall: Stall, near_ns: int) -> Net:
+def net_of(stall: Stall, near_ns: int, counts: Container[str]) -> Net:
     """What the CPU did for the network during the stall.
 
     Args:
+        counts: see ``Host.counts``.
         near_ns: a tick that came longer before the stall tells of another time: an idle
             CPU has none, and on a busy one the ring may have gone on.
     """
@@ -272,14 +273,22 @@ def net_of(stall: Stall, near_ns: int) -> Net:
         # The handler that runs now belongs to the stall as a whole.
         served_ns = base.served_ns if base.serving_vec == _NET_RX else 0
 
-    # 0: the kernel's counters cannot be read, or there was never a packet.
+    # 0: the tick's timer is not known yet, or there was never a packet.
     known = last.processed > 0
+
+    def grown(before: int, now: int, place: str) -> int | None:
+        return (now - before) & _U32 if known and place in counts else None
+
     return Net(
-        (last.net_rx_runs - base.net_rx_runs) & _U32,
-        max(0, last.net_rx_ns - base.net_rx_ns + served_ns),
-        (last.processed - base.processed) & _U32 if known else None,
-        (last.squeezed - base.squeezed) & _U32 if known else None,
-        stall.polled,
+        runs=(last.net_rx_runs - base.net_rx_runs) & _U32,
+        service_ns=max(0, last.net_rx_ns - base.net_rx_ns + served_ns),
+        packets=grown(base.processed, last.processed, "softnet"),
+        squeezed=grown(base.squeezed, last.squeezed, "softnet"),
+        dropped=grown(base.dropped, last.dropped, "dropped"),
+        received_rps=grown(base.received_rps, last.received_rps, "received_rps"),
+        flow_limited=grown(base.flow_limit, last.flow_limit, "flow_limit"),
+        backlog=grown(0, last.backlog, "backlog"),
+        napi=stall.polled,
     )
 
 

@@ -1,67 +1,174 @@
-"""What to look at or change, in one sentence: the ``hint`` of a stall."""
+"""What to look at or change, in one sentence: the ``hint`` of a stall.
+
+A table of rules: the first that applies speaks. Each sentence ends with where docs/runbook.md
+explains it; what the CPU's network says besides is in :mod:`stalld.enrich.nic_hints`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from stalld.track.model import Update
 from stalld.track.verdict import Verdict
 
-_DEADLINE, _FIFO, _RR = 6, 1, 2
+RUNBOOK = "docs/runbook.md"
 
-_PLAIN = {
-    Verdict.STUCK_IN_KERNEL: "one task stayed in the kernel without rescheduling: "
-    "look at what its stack's system call does and how often it is called",
-    Verdict.SOFTIRQS_DISABLED: "the task held bottom halves off: look for a long "
-    "local_bh_disable() or spin_lock_bh() section in its stack",
-    Verdict.CPU_CONTENTION: "other tasks had the CPU: look at their number, priorities and "
-    "CPU affinity",
-    Verdict.VCPU_PREEMPTED: "the hypervisor ran something else on this CPU: look at the "
-    "overcommitment of the physical machine",
-}
+_REAL_TIME = {1: "SCHED_FIFO", 2: "SCHED_RR", 6: "SCHED_DEADLINE"}
+# Whoever reads memory.stat has the counters of all cgroups below summed up.
+_MEMCG_STAT = frozenset(
+    (
+        *("memcg_stat_show", "memory_stat_show", "memcg_numa_stat_show", "memory_numa_stat_show"),
+        *("mem_cgroup_flush_stats", "do_flush_stats", "mem_cgroup_css_rstat_flush"),
+        *("cgroup_rstat_flush", "cgroup_rstat_flush_locked", "css_rstat_flush"),
+    )
+)
+
+
+class Rule(NamedTuple):
+    """One rule: if it ``applies``, it ``says`` this; ``section`` of the runbook explains it."""
+
+    section: str
+    applies: Callable[[Update], bool]
+    says: Callable[[Update], str]
+
+
+def see(sentence: str, section: str) -> str:
+    """The sentence with its pointer."""
+    return f"{sentence}; see {RUNBOOK}#{section}"
 
 
 def hint(update: Update) -> str | None:
     """The sentence for one line, or None where nothing can be said."""
-    if update.verdict is Verdict.UNKNOWN:
-        return _unknown(update)
-    if update.verdict is Verdict.IRQS_DISABLED:
-        return _irqs_disabled(update)
-    if update.verdict is Verdict.SOFTIRQ_HOG:
-        return _softirq_hog(update)
-    if update.verdict is Verdict.CPU_CONTENTION and update.blocker:
-        names = {_FIFO: "SCHED_FIFO", _RR: "SCHED_RR", _DEADLINE: "SCHED_DEADLINE"}
-        if update.blocker.policy in names:
-            return (
-                f"a real-time task ({names[update.blocker.policy]}) had the CPU: give it less "
-                "to do there, another CPU, or a lower priority than the threads that wait"
-            )
-    return _PLAIN.get(update.verdict)
+    rule = next((rule for rule in RULES if rule.applies(update)), None)
+    return see(rule.says(update), rule.section) if rule else None
 
 
-def _irqs_disabled(update: Update) -> str:
-    if update.captured == "after" and update.blocker and update.blocker.mode == "hardirq":
-        return (
-            "an interrupt handler, or firmware, held the CPU while this task ran: "
-            "look at /proc/interrupts and drivers"
-        )
-    if update.captured == "after":
-        return (
+def _of(verdict: Verdict, *further: Callable[[Update], bool]) -> Callable[[Update], bool]:
+    return lambda update: update.verdict is verdict and all(holds(update) for holds in further)
+
+
+def _plainly(sentence: str) -> Callable[[Update], str]:
+    return lambda _: sentence
+
+
+def _reads_memcg_stat(update: Update) -> bool:
+    # A task in the kernel is to blame, and that is what it does there.
+    return update.captured != "none" and any(
+        frame.partition("+0x")[0].partition(".")[0] in _MEMCG_STAT
+        for frame in update.kernel_stack or ()
+    )
+
+
+def _is_real_time(update: Update) -> bool:
+    return update.blocker is not None and update.blocker.policy in _REAL_TIME
+
+
+def _says_real_time(update: Update) -> str:
+    policy = _REAL_TIME[update.blocker.policy] if update.blocker else ""
+    return (
+        f"a real-time task ({policy}) had the CPU: give it less "
+        "to do there, another CPU, or a lower priority than the threads that wait"
+    )
+
+
+def _captured_after(update: Update) -> bool:
+    return update.captured == "after"
+
+
+def _over_an_interrupt(update: Update) -> bool:
+    return update.blocker is not None and update.blocker.mode == "hardirq"
+
+
+def _polled(update: Update) -> bool:
+    return update.handler is not None and update.handler.device is not None
+
+
+def _late_for_half(update: Update) -> bool:
+    return bool(update.late_ns and 2 * update.late_ns >= update.duration_ns)
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "memcg-stat-readers",
+        lambda update: (
+            update.verdict in (Verdict.STUCK_IN_KERNEL, Verdict.CPU_CONTENTION, Verdict.UNKNOWN)
+            and _reads_memcg_stat(update)
+        ),
+        _plainly(
+            "the task summed up the memory statistics of many cgroups: read memory.stat less "
+            "often (fewer scrapes of cadvisor or kubelet), get rid of dying cgroups (drop_caches "
+            "frees what keeps them), or use a kernel that limits such flushes"
+        ),
+    ),
+    Rule(
+        Verdict.STUCK_IN_KERNEL,
+        _of(Verdict.STUCK_IN_KERNEL),
+        _plainly(
+            "one task stayed in the kernel without rescheduling: look at what its stack's system "
+            "call does and how often it is called"
+        ),
+    ),
+    Rule(
+        Verdict.SOFTIRQS_DISABLED,
+        _of(Verdict.SOFTIRQS_DISABLED),
+        _plainly(
+            "the task held bottom halves off: look for a long local_bh_disable() or "
+            "spin_lock_bh() section in its stack"
+        ),
+    ),
+    Rule("real-time-tasks", _of(Verdict.CPU_CONTENTION, _is_real_time), _says_real_time),
+    Rule(
+        Verdict.CPU_CONTENTION,
+        _of(Verdict.CPU_CONTENTION),
+        _plainly("other tasks had the CPU: look at their number, priorities and CPU affinity"),
+    ),
+    Rule(
+        Verdict.VCPU_PREEMPTED,
+        _of(Verdict.VCPU_PREEMPTED),
+        _plainly(
+            "the hypervisor ran something else on this CPU: look at the overcommitment of the "
+            "physical machine"
+        ),
+    ),
+    Rule(
+        "interrupt-handlers-and-firmware",
+        _of(Verdict.IRQS_DISABLED, _captured_after, _over_an_interrupt),
+        _plainly(
+            "an interrupt handler, or firmware, held the CPU while this task ran: look at "
+            "/proc/interrupts and drivers"
+        ),
+    ),
+    Rule(
+        Verdict.IRQS_DISABLED,
+        _of(Verdict.IRQS_DISABLED, _captured_after),
+        _plainly(
             "interrupts were off: the innermost frames are where they were enabled again; if "
             "that is no unlock or enable function, an interrupt handler or firmware had the CPU"
-        )
-    return "interrupts were off: look for a long spin_lock_irqsave() section in the stack"
-
-
-def _softirq_hog(update: Update) -> str:
-    device = update.handler.device if update.handler else None
-    if device is not None:
-        return "one NAPI poll took long: look at the device's driver and what its packets pass"
-    return "one softirq handler ran long: the frames above handle_softirqs show in what"
-
-
-def _unknown(update: Update) -> str | None:
-    if update.late_ns and 2 * update.late_ns >= update.duration_ns:
-        return (
+        ),
+    ),
+    Rule(
+        Verdict.IRQS_DISABLED,
+        _of(Verdict.IRQS_DISABLED),
+        _plainly("interrupts were off: look for a long spin_lock_irqsave() section in the stack"),
+    ),
+    Rule(
+        Verdict.SOFTIRQ_HOG,
+        _of(Verdict.SOFTIRQ_HOG, _polled),
+        _plainly("one NAPI poll took long: look at the device's driver and what its packets pass"),
+    ),
+    Rule(
+        Verdict.SOFTIRQ_HOG,
+        _of(Verdict.SOFTIRQ_HOG),
+        _plainly("one softirq handler ran long: the frames above handle_softirqs show in what"),
+    ),
+    Rule(
+        Verdict.UNKNOWN,
+        _of(Verdict.UNKNOWN, _late_for_half),
+        _plainly(
             "the timer interrupt came late: interrupts were off, or the hypervisor had the CPU; "
             "its steal clock does not tell which"
-        )
-    return None
+        ),
+    ),
+)
+"""In this order; what is told of a verdict in a special case stands before what always holds."""

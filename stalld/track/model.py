@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple, Protocol
 
 from stalld.records import StallRecord, TickSample
@@ -59,6 +59,9 @@ class Host(Protocol):
     def serves_inline(self) -> bool | None:
         """Whether this kernel serves softirqs while ksoftirqd is runnable; None: not known."""
 
+    def counts(self) -> Container[str]:
+        """Which of softnet_data's members can be read, by the names of ``Description.percpu``."""
+
     def tells_steal(self, cpu: int) -> bool:
         """Whether a tick that comes late could be told from a CPU that was taken away."""
 
@@ -113,9 +116,11 @@ class Handler(NamedTuple):
 class Net(NamedTuple):
     """What the CPU did for the network meanwhile.
 
-    ``packets`` and ``squeezed`` are softnet_data's counters, None where they
-    cannot be read. ``napi`` counts from when the stall was detected; None: the
-    CPU had another stall before we looked.
+    ``packets``, ``squeezed``, ``dropped``, ``received_rps`` and ``flow_limited`` (packets that
+    the flow limit dropped) are softnet_data's counters and ``backlog`` the
+    packets in the CPU's own queue at the last record, each None where the
+    kernel does not have it, or it cannot be read. ``napi`` counts from when the
+    stall was detected; None: the CPU had another stall before we looked.
     """
 
     runs: int
@@ -123,6 +128,10 @@ class Net(NamedTuple):
     packets: int | None
     squeezed: int | None
     napi: Napi | None
+    dropped: int | None = None
+    received_rps: int | None = None
+    flow_limited: int | None = None
+    backlog: int | None = None
 
 
 class Update(NamedTuple):

@@ -168,7 +168,7 @@ class Tracker:
             user_stack=culprit.user_stack,
             captured=culprit.captured,
             lookback=None if first else evidence.lookback(stall, host.explain, self._reach_ns),
-            net=evidence.net_of(stall, self._near_ns),
+            net=evidence.net_of(stall, self._near_ns, host.counts()),
             nmi=culprit.seen is not None and culprit.seen.record.source is Source.NMI,
             samples=len(stall.observations),
             expected=max(stall.expected, len(stall.observations)),

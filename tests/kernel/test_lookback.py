@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from stalld.detector import TICK_FUNCTIONS, tick_ns
+from stalld.enrich import softnet
 from stalld.enrich.kallsyms import Kallsyms
+from stalld.enrich.softnet import Softnet
 from stalld.probe.client import load_probes, possible_cpus
 from stalld.records import TickSample
 from stalld.rings import Rings
-from stalld.state import Maps
+from stalld.state import Maps, offsets
 from tests.injector import Injector, Kind, Mode, Pressure, system
 from tests.kernel.daemon import STALLED_CPU as CPU
 from tests.kernel.daemon import Daemon
@@ -66,11 +68,8 @@ def ticking() -> Iterator[Rings]:
             60 * 10**9,
             tick_ns=tick_ns(),
             lookback=1,
-            steal_offset=places.get("steal", 0),
-            cpustat_offset=places.get("cpustat", 0),
-            softnet_offset=places["softnet"],
-            regs_offset=places.get("regs", 0),
             tick_function=[kallsyms.address(name) for name in TICK_FUNCTIONS],
+            **offsets(places),
         )
         pid = system.fork_task("ticking", CPU, spin)
         stack.callback(system.end_task, pid)
@@ -92,18 +91,24 @@ def test_every_tick_is_kept(ticking: Rings) -> None:
     assert sorted(gaps)[len(gaps) // 2] == pytest.approx(max(tick_ns(), 4e6), rel=0.1)
 
 
+def softnet_row() -> Softnet:
+    """What /proc says of ``CPU``."""
+    text = Path("/proc/net/softnet_stat").read_text()
+    return softnet.parse(text, sorted(system.online_cpus()))[CPU]
+
+
 def test_softnet_counters(ticking: Rings) -> None:
-    """Packets and squeezes are those of /proc/net/softnet_stat."""
+    """Packets, squeezes, drops and the like are those of /proc/net/softnet_stat."""
     for _ in range(20):
-        row = Path("/proc/net/softnet_stat").read_text().splitlines()[CPU].split()
+        row = softnet_row()
         time.sleep(2 * tick_ns() / 1e9)
         tick = newest(ticking)
-        again = Path("/proc/net/softnet_stat").read_text().splitlines()[CPU].split()
-        processed, squeezed = (
-            range(int(row[column], 16), int(again[column], 16) + 1) for column in (0, 2)
-        )
-        assert tick.processed in processed
-        assert tick.squeezed in squeezed
+        again = softnet_row()
+        assert tick.processed in range(row.processed, again.processed + 1)
+        assert tick.squeezed in range(row.squeezed, again.squeezed + 1)
+        assert tick.dropped in range(row.dropped, again.dropped + 1)
+        assert tick.received_rps in range(row.received_rps or 0, (again.received_rps or 0) + 1)
+        assert tick.flow_limit == row.flow_limited
 
 
 def test_steal_clock(ticking: Rings) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -35,6 +35,8 @@ T0 = 1_000_000 * MS
 """When stalls begin, unless told."""
 THRESHOLD = 10 * MS
 TICK_NS = 4 * MS
+SOFTNET = frozenset(("softnet", "dropped", "received_rps", "flow_limit", "backlog"))
+"""All of softnet_data that may be read."""
 
 
 def waits(**by_name: int) -> tuple[int, ...]:
@@ -78,6 +80,10 @@ def record(**changes: Any) -> StallRecord:
         "net_rx_runs": 0,
         "processed": 0,
         "squeezed": 0,
+        "dropped": 0,
+        "received_rps": 0,
+        "flow_limit": 0,
+        "backlog": 0,
         "napi_ifindex": 0,
         "napi_work": 0,
         "napi_budget": 0,
@@ -129,6 +135,10 @@ def tick(at_ms: float, **changes: Any) -> TickSample:
         "net_rx_runs": 0,
         "processed": 0,
         "squeezed": 0,
+        "dropped": 0,
+        "received_rps": 0,
+        "flow_limit": 0,
+        "backlog": 0,
         "tgid": 100,
         "tid": 101,
         "policy": 0,
@@ -158,12 +168,14 @@ class MadeHost:
         polls: Napi | None = MappingProxyType({}),
         inline: bool | None = True,
         tells_steal: bool = True,
+        counts: Container[str] = SOFTNET,
     ) -> None:
         self.before = before
         self.meanwhile = meanwhile
         self.polls = polls
         self.inline = inline
         self.steal_told = tells_steal
+        self.counted = counts
         self.looks = 0
 
     def ticks(self, cpu: int) -> Sequence[TickSample]:
@@ -179,6 +191,10 @@ class MadeHost:
         """Each address has a name; without any the tick came in user mode."""
         frames = tuple(f"f{address:x}+0x1" for address in sample.stack)
         return Tick(sample, "kernel" if frames else "user", frames)
+
+    def counts(self) -> Container[str]:
+        """As told."""
+        return self.counted
 
     def serves_inline(self) -> bool | None:
         """As told."""

@@ -14,6 +14,7 @@ from stalld.check.attached import described, nmi_sampler
 from stalld.check.probes import behaviour_item, watched_threads
 from stalld.check.report import Item, Report, State, render
 from stalld.check.ticks import Look, look_back, softnet_counters, softnet_stat, steal_clock
+from stalld.enrich.softnet import Softnet
 from stalld.perf import SamplerError
 from stalld.probe import capabilities
 from stalld.probe.client import Probes
@@ -309,6 +310,9 @@ def test_the_look_back_is_an_item_of_its_own() -> None:
     assert [name for name in names if "hrtimer" in name] == ["raw tracepoint hrtimer_expire_entry"]
 
 
+PLACES = {"steal": 64, "cpustat": 128, "softnet": -64}
+
+
 def look(**changes: Any) -> Look:
     """A look at a CPU whose ticks all came."""
     fields: dict[str, Any] = {
@@ -319,9 +323,9 @@ def look(**changes: Any) -> Look:
         "known": True,
         "arrived": 62,
         "ticks": [make.tick(0), make.tick(4, steal_ns=7_000_000, processed=1500, squeezed=2)],
-        "before": (1000, 1),
-        "after": (1600, 2),
-        "places": {"steal": 64, "cpustat": 128, "softnet": -64},
+        "before": Softnet(1000, 0, 1, 0, 0),
+        "after": Softnet(1600, 0, 2, 0, 0),
+        "places": PLACES,
         "steal_version": 6,
     }
     return Look(**(fields | changes))
@@ -378,10 +382,29 @@ def test_steal_clock(virtual: bool, changes: dict[str, Any], state: State, detai
     ("changes", "state", "detail"),
     [
         ({}, State.OK, "CPU 3: 600 packets"),
-        ({"before": (2**32 - 100, 1), "after": (1600, 2)}, State.OK, "CPU 3: 1700 packets"),
+        (
+            {"before": Softnet(2**32 - 100, 0, 1), "after": Softnet(1600, 0, 2)},
+            State.OK,
+            "CPU 3: 1700 packets",
+        ),
         ({"before": None}, State.OK, "not readable"),
-        ({"before": (1501, 1)}, State.DEGRADED, "a tick read (1500, 2)"),
-        ({"after": (1600, 1)}, State.DEGRADED, "(1000, 1) before and (1600, 1) after"),
+        ({"before": Softnet(1501, 0, 1)}, State.DEGRADED, "a tick read processed 1500"),
+        ({"after": Softnet(1600, 0, 1)}, State.DEGRADED, "told 1 before and 1 after"),
+        ({"places": PLACES | {"dropped": 8, "received_rps": 9, "flow_limit": 10}}, State.OK, ""),
+        (
+            {
+                "places": PLACES | {"dropped": 8},
+                "after": Softnet(1600, 3, 2),
+                "ticks": [make.tick(4, processed=1500, squeezed=2, dropped=4)],
+            },
+            State.DEGRADED,
+            "a tick read dropped 4",
+        ),
+        (
+            {"places": PLACES | {"received_rps": 8}, "before": Softnet(1000, 0, 1, 5)},
+            State.OK,
+            "600 packets",
+        ),
         ({"places": {}}, State.DEGRADED, "does not tell where"),
         ({"ticks": []}, State.DEGRADED, "not observed"),
     ],
@@ -416,7 +439,8 @@ def test_softnet_stat(
     """Only online CPUs have a row; it names its CPU since 5.10, before that its place does."""
     path = tmp_path / "softnet_stat"
     path.write_text("\n".join(rows) + "\n")
-    assert softnet_stat(cpu, [0, 3], str(path)) == counters
+    found = softnet_stat(cpu, [0, 3], str(path))
+    assert (found and (found.processed, found.squeezed)) == counters
 
 
 def test_no_softnet_stat(tmp_path: Path) -> None:

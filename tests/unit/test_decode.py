@@ -32,8 +32,8 @@ U32 = st.integers(0, 0xFFFFFFFF)
 U64 = st.integers(0, 0xFFFFFFFFFFFFFFFF)
 COMM = st.binary(max_size=COMM_LEN).map(lambda raw: raw.split(b"\0", 1)[0])
 # Offsets from the head's start, as bpf/records.h lays them out.
-KERNEL_BYTES, USER_BYTES = 336, 340
-TICK_KIND, TICK_STACK_BYTES = 52, 60
+KERNEL_BYTES, USER_BYTES = 352, 356
+TICK_KIND, TICK_STACK_BYTES = 68, 76
 
 STACKS = {
     "kernel_stack": st.lists(U64, max_size=KERNEL_STACK_DEPTH).map(tuple),
@@ -42,7 +42,8 @@ STACKS = {
 WIDE = "time_ns started_ns late_ns served_ns steal_ns net_rx_ns switched_ns cgroup_id"
 NARROW = (
     "cpu seq tgid tid task_flags policy prio serving_vec served_vec switches sample_nr lost "
-    "net_rx_runs processed squeezed napi_ifindex napi_work napi_budget"
+    "net_rx_runs processed squeezed dropped received_rps flow_limit backlog napi_ifindex "
+    "napi_work napi_budget"
 )
 WORDS = dict.fromkeys(WIDE.split(), U64) | dict.fromkeys(NARROW.split(), U32)
 RECORDS = st.builds(
@@ -179,7 +180,8 @@ TICKS = st.builds(
     stack=st.lists(U64, max_size=LOOKBACK_DEPTH).map(tuple),
     comm=COMM,
     **dict.fromkeys(("time_ns", "steal_ns", "net_rx_ns"), U64),
-    **dict.fromkeys(("net_rx_runs", "processed", "squeezed"), U32),
+    **dict.fromkeys(("net_rx_runs", "processed", "squeezed", "dropped"), U32),
+    **dict.fromkeys(("received_rps", "flow_limit", "backlog"), U32),
     **dict.fromkeys(("tgid", "tid", "policy", "prio", "serving"), U32),
     kind=st.sampled_from(TickKind),
 )

@@ -14,8 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, ValidationError
 
-from stalld import bookends, degraded, events
+from stalld import bookends, degraded, events, net_events
 from stalld.config import Settings
+from stalld.enrich.driver_stats import Lost
+from stalld.enrich.ethtool import Settings as NicSettings
+from stalld.enrich.netlink import LinkStats
+from stalld.enrich.nic import Device, Inventory, Queue, Sysctls
+from stalld.enrich.nic_hints import Facts, hints, joined
 from stalld.errors import DecodeError
 from stalld.pipeline import Pipeline
 from stalld.probe.protocol import Attached, Description, Missing
@@ -27,6 +32,8 @@ from stalld.sinks.sink import Trouble
 from stalld.track.fold import Folder
 from stalld.track.hints import hint
 from stalld.track.model import Ended, Handler, Net, Phase, Tick, Update
+from stalld.track.rates import Episode
+from stalld.track.rates import Phase as EpisodePhase
 from stalld.track.stall import Tracker
 from stalld.track.verdict import Verdict
 from tests.unit import make
@@ -68,7 +75,11 @@ def updates(host: MadeHost | None = None, **changes: Any) -> list[Update]:
     return given.observe(sample(1, 50, **waiting)) + given.observe(close(1, 60, **waiting))
 
 
-def stall(update: Update, names: dict[int, bytes] | None = None) -> events.Event:
+def stall(
+    update: Update,
+    names: dict[int, bytes] | None = None,
+    inventory: Inventory | None = None,
+) -> events.Event:
     """The event of one update."""
     return events.stall(
         update,
@@ -76,12 +87,13 @@ def stall(update: Update, names: dict[int, bytes] | None = None) -> events.Event
         boot_wall_ns=WALL - T0,
         sampler="tick",
         names={} if names is None else names,
+        inventory=inventory,
     )
 
 
-def told(update: Update, names: dict[int, bytes] | None = None) -> dict[str, Any]:
+def told(update: Update, inventory: Inventory | None = None) -> dict[str, Any]:
     """The event, written and read again."""
-    return parse(line("stall", "warning", stall(update, names)))
+    return parse(line("stall", "warning", stall(update, inventory=inventory)))
 
 
 def line(event: str, level: str, fields: events.Event) -> bytes:
@@ -147,6 +159,7 @@ def test_levels_of_late_ticks(late_ms: int, starved_ms: int, level: str) -> None
 def test_a_whole_stall() -> None:
     """Every key of the contract, with the values that the records gave."""
     before = tick(-4, net_rx_runs=3, net_rx_ns=MS, processed=7, squeezed=1, steal_ns=2 * MS)
+    before = before._replace(dropped=1, received_rps=2)
     polls = {(2, b"eth0"): Polled(2, 64, 1), (0, b"backlog"): Polled(1, 1, 0)}
     *_, update = updates(
         MadeHost([before], polls=polls),
@@ -168,6 +181,10 @@ def test_a_whole_stall() -> None:
         net_rx_ns=4 * MS,
         processed=71,
         squeezed=2,
+        dropped=5,
+        received_rps=9,
+        flow_limit=1,
+        backlog=5,
     )
     event = stall(update, {40: b"napi/eth0-8193", 50: b"irq/30-nvme"})
     assert event == {
@@ -235,12 +252,17 @@ def test_a_whole_stall() -> None:
             "net_rx_ms": 3.0,
             "packets": 64,
             "time_squeeze": 1,
+            "dropped": 4,
+            "received_rps": 7,
+            "flow_limit": 1,
+            "backlog": 5,
+            "queues": None,
             "napi": [
                 {"device": "eth0", "ifindex": 2, "polls": 2, "packets": 64, "exhausted": 1},
                 {"device": "backlog", "ifindex": None, "polls": 1, "packets": 1, "exhausted": 0},
             ],
         },
-        "hint": hint(update),
+        "hint": joined(hint(update), hints(Facts(dropped=4, flow_limited=1, squeezed=1), 1)[0]),
     }
     parse(line("stall", "warning", event))
 
@@ -656,7 +678,9 @@ def stopped() -> dict[str, Any]:
     maps.cpus[0].unwatched, maps.cpus[1].missed = 5, 6
     rings: Any = SimpleNamespace(napi_totals=lambda: {(2, b"eth0"): Polled(7, 70, 1)})
     sinks = [{"name": "stdout", "delivered": 3, "queued": 1, "dropped": 2}]
-    fields = bookends.stopped(pipeline(io.BytesIO()), maps, rings, 60_000 * MS, sinks)
+    fields = bookends.stopped(
+        pipeline(io.BytesIO()), maps, rings, 60_000 * MS, sinks, {"b": 2, "a": 1}
+    )
     return parse(line("stopped", "info", fields))
 
 
@@ -712,6 +736,7 @@ def test_stopped() -> None:
     assert (event["uptime_ms"], event["suppressed"]) == (60_000.0, 0)
     assert [(each["device"], each["polls"]) for each in event["napi"]] == [("eth0", 7)]
     assert event["sinks"] == [{"name": "stdout", "delivered": 3, "queued": 1, "dropped": 2}]
+    assert event["faults"] == [{"reason": "a", "count": 1}, {"reason": "b", "count": 2}]
 
 
 def gap() -> dict[str, Any]:
@@ -771,7 +796,7 @@ class TestSchema:
         ends = properties["evidence"]["properties"]["ended"]["enum"]
         assert ends == [*[e.value for e in Ended], None]
 
-    @pytest.mark.parametrize("name", ["softnet", "nic", "cfs_throttled", "task_blocked"])
+    @pytest.mark.parametrize("name", ["cfs_throttled", "task_blocked"])
     def test_reserved_names(self, name: str) -> None:
         """A reserved event needs the common keys and may have others."""
         event = parse(line(name, "info", {"anything": 1}))
@@ -779,7 +804,9 @@ class TestSchema:
         with pytest.raises(ValidationError, match="'host' is a required property"):
             VALIDATOR.validate(event)
 
-    @pytest.mark.parametrize("name", ["started", "stopped", "stall", "records_lost", "degraded"])
+    @pytest.mark.parametrize(
+        "name", ["started", "stopped", "stall", "records_lost", "degraded", "softnet", "nic"]
+    )
     def test_no_other_key_and_none_less(self, name: str) -> None:
         """A key too many or too few is refused in each event, and everywhere inside of it."""
         event = EXAMPLES[name]()
@@ -865,15 +892,53 @@ def _stall() -> dict[str, Any]:
         update._replace(
             waiting={40: 12 * MS},
             handler=Handler(3, 12 * MS, b"eth0", 64, 64),
-            net=Net(1, MS, 1, 0, polled),
+            net=Net(1, MS, 1, 0, polled, 2, 3, 4, 5),
+        ),
+        inventory=INVENTORY,
+    )
+
+
+def _softnet() -> dict[str, Any]:
+    counts = {"packets": 9, "dropped": 8, "time_squeeze": 7, "received_rps": 6, "flow_limit": 5}
+    episode = Episode(EpisodePhase.BEGUN, MS, 2 * MS, counts, {"dropped": 4.0})
+    return parse(
+        line(
+            "softnet",
+            *net_events.softnet(0, episode, 3, INVENTORY, drops_per_s=1.0, boot_wall_ns=WALL),
         )
     )
 
 
+def _nic() -> dict[str, Any]:
+    stats = LinkStats(90, 80, 70, 60, 50, 40)
+    lost = {Lost("rx3_drops", 3, 0): 5}
+    counts = net_events.nic_counters(stats, lost)
+    episode = Episode(EpisodePhase.ONGOING, MS, 2 * MS, counts, {"drops": 4.0})
+    told = net_events.nic("eth0", 2, episode, list(lost), INVENTORY, boot_wall_ns=WALL)
+    return parse(line("nic", *told))
+
+
+INVENTORY = Inventory(
+    {
+        2: Device(
+            "eth0",
+            2,
+            "ixgbe",
+            NicSettings(512, 4096, 8, 63, 1, 0, True),
+            {77: frozenset({0})},
+            {1: frozenset({0, 1})},
+        )
+    },
+    {0: (Queue("eth0", 0, 77, False), Queue("eth0", 1, None, True))},
+    Sysctls(300, 8000, 1000),
+)
+"""One device with both kinds of queues on CPU 0."""
 EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
     "started": lambda: started("softirq_entry", hidden=True),
     "stopped": stopped,
     "stall": _stall,
     "records_lost": _lost,
     "degraded": gap,
+    "softnet": _softnet,
+    "nic": _nic,
 }

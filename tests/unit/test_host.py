@@ -42,7 +42,13 @@ class Made:
         self.rings = make.rings(self.maps)
         self.symbols = Symbols()
         symbols: Any = self.symbols
-        self.host: Host = LocalHost(self.maps, self.rings, symbols, virtual)
+        self.host: Host = LocalHost(self.maps, self.rings, symbols, virtual, {"dropped": -64})
+
+
+def test_counts() -> None:
+    """What the programs were told the place of."""
+    assert "dropped" in Made().host.counts()
+    assert "softnet" not in Made().host.counts()
 
 
 def test_ticks() -> None:

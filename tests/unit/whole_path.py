@@ -42,7 +42,7 @@ class WholePath:
         self._rings = make.rings(maps)
         symbols = SymbolTable(_kallsyms(work))
         self.pipeline = Pipeline(
-            Tracker(THRESHOLD, TICK_NS, LocalHost(maps, self._rings, symbols, False)),
+            Tracker(THRESHOLD, TICK_NS, LocalHost(maps, self._rings, symbols, False, ())),
             Folder(10_000, THRESHOLD),
             symbols,
             Emitter(lambda line, _: self.lines.append(line), lambda: WALL, "host"),

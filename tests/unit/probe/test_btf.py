@@ -16,6 +16,7 @@ from stalld.errors import MissingAbilityError
 from stalld.probe.btf import VMLINUX_BTF, Btf, Field
 from stalld.probe.headers import FIELDS
 from stalld.probe.loader import percpu_places
+from stalld.state import offsets
 
 pytestmark = pytest.mark.skipif(
     not Path(VMLINUX_BTF).exists(), reason="this kernel has no BTF (CONFIG_DEBUG_INFO_BTF)"
@@ -213,7 +214,7 @@ class TestPerCpu:
     def test_places_of_this_kernel(self, btf: Btf) -> None:
         """All places are relative to the tick's timer, and apart from it."""
         timer = btf.percpu_offset("tick_cpu_sched", "sched_timer")
-        places = percpu_places(btf)
+        places = percpu_places(btf, btf)
         assert timer is not None
         softnet = btf.percpu_offset("softnet_data", "processed")
         assert softnet is not None
@@ -221,6 +222,9 @@ class TestPerCpu:
         cpustat = btf.percpu_offset("kernel_cpustat", "cpustat")
         assert cpustat is not None
         assert places["cpustat"] == cpustat + 7 * 8 - timer
-        assert set(places) <= {"regs", "steal", "cpustat", "softnet"}
+        assert {f"{name}_offset" for name in places} <= offsets({}).keys()
+        assert {"dropped", "received_rps", "backlog"} <= places.keys()
+        count = places.pop("flow_count", 0)
+        assert 0 <= count < 64
         # They go into 32-bit settings.
         assert all(place and -(1 << 31) <= place < 1 << 31 for place in places.values())

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from stalld.errors import MissingAbilityError
+from stalld.probe.btf import Field
 from stalld.probe.client import bpf_directory
 from stalld.probe.loader import (
     HOOKS,
@@ -111,4 +113,43 @@ def test_places_that_are_missing(
     """What a kernel does not have is left out, without its tick's timer all of it."""
     known = {path: at for path, at in (WHOLE | changes).items() if path[0] != without}
     made: Any = SimpleNamespace(percpu_offset=lambda *path: known.get(path))
-    assert percpu_places(made) == places
+    assert percpu_places(made, made) == places
+
+
+SOFTNET = {
+    ("softnet_data", "received_rps"): 3008,
+    ("softnet_data", "input_pkt_queue", "qlen"): 3100,
+    ("softnet_data", "flow_limit"): 3020,
+}
+
+
+@pytest.mark.parametrize(
+    ("drops", "places"),
+    [
+        ({("softnet_data", "dropped"): 3060}, {"dropped": 2060}),
+        (
+            {
+                ("softnet_data", "drop_counters", "drops0"): 3200,
+                ("softnet_data", "drop_counters", "drops1"): 3264,
+            },
+            {"dropped": 2200, "dropped_more": 2264},
+        ),
+        ({}, {}),
+    ],
+)
+@pytest.mark.parametrize("limits", [True, False])
+def test_places_in_softnet_data(
+    drops: dict[Any, int], places: dict[str, int], limits: bool
+) -> None:
+    """Drops are in one word or two; a flow limit without a count is of no use."""
+    known = {("tick_cpu_sched", "sched_timer"): 1000} | SOFTNET | drops
+
+    def field(name: str, member: str) -> Field:
+        assert (name, member) == ("sd_flow_limit", "count")
+        if not limits:
+            raise MissingAbilityError("no struct sd_flow_limit")
+        return Field("count", 16, 4, "u32 %s")
+
+    made: Any = SimpleNamespace(percpu_offset=lambda *path: known.get(path), field=field)
+    more = {"flow_limit": 2020, "flow_count": 16} if limits else {}
+    assert percpu_places(made, made) == {"received_rps": 2008, "backlog": 2100} | places | more

@@ -42,7 +42,7 @@ def btf(lists: bool = False) -> Any:
 
 def test_places_from_symbols() -> None:
     """The variables' places and their members' offsets add up, relative to the tick's timer."""
-    found = percpu_places(PercpuSymbols(btf(), read_symbols(KALLSYMS.splitlines())))
+    found = percpu_places(PercpuSymbols(btf(), read_symbols(KALLSYMS.splitlines())), btf())
     timer = 0x1F1C0
     assert found == {
         "regs": 0x17480 - timer,

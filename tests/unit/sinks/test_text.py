@@ -28,9 +28,20 @@ def stall(**changes: Any) -> dict[str, Any]:
         "blocker": blocker(),
         "stack": stack("memcg_stat_show+0x10", "seq_read+0x5"),
         "evidence": {"late_ms": 0.0, "stolen_ms": 0.4},
+        "net": net(),
         "hint": None,
     }
     return event | changes
+
+
+def net(**changes: Any) -> dict[str, Any]:
+    """What the CPU did for the network, as far as it is shown."""
+    return {"dropped": 0, "time_squeeze": 0, "queues": []} | changes
+
+
+def queue(device: str, number: int | None = None, rps: bool = False) -> dict[str, Any]:
+    """A receive queue, as far as it is shown."""
+    return {"device": device, "queue": number, "rps": rps}
 
 
 def blocker(**changes: Any) -> dict[str, Any]:
@@ -114,6 +125,67 @@ def test_all_that_can_be_said() -> None:
         "      net_rx_action+0x5 (after)",
         "    hint: look there",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({}, None),
+        ({"dropped": None, "time_squeeze": None, "queues": None}, None),
+        ({"dropped": 14, "time_squeeze": 3}, "14 packets dropped; budget used up 3 times"),
+        (
+            {"queues": [queue("eth3", 5), queue("veth1", 0, rps=True), queue("wl\x1b0")]},
+            "it serves eth3 rx queue 5, veth1 rx queue 0 (RPS), wl\\x1b0",
+        ),
+        (
+            {"dropped": 1, "queues": [queue("eth0", number) for number in range(6)]},
+            "1 packets dropped; it serves eth0 rx queue 0, eth0 rx queue 1, eth0 rx queue 2, "
+            "eth0 rx queue 3, 2 more",
+        ),
+    ],
+)
+def test_network(changes: dict[str, Any], shown: str | None) -> None:
+    """What was dropped and which queues the CPU serves, where there is anything to say."""
+    lines = render(stall(net=net(**changes))).splitlines()
+    told = [line.strip() for line in lines if line.startswith("    network: ")]
+    assert told == ([f"network: {shown}"] if shown else [])
+
+
+def test_softnet() -> None:
+    """Where, how many, since when, what to do."""
+    event = HEAD | {
+        "event": "softnet",
+        "phase": "begun",
+        "cpu": 11,
+        "packets": 5000,
+        "dropped": 14,
+        "time_squeeze": 3,
+        "since": "S",
+        "hint": "do this",
+    }
+    assert render(event) == (
+        "T warning softnet cpu 11: 14 packets dropped, budget used up 3 times (begun; 5000 packets "
+        "since S)\n    hint: do this"
+    )
+    assert "hint" not in render(event | {"hint": None})
+
+
+def test_nic() -> None:
+    """Which device, how many, which of its queues."""
+    event = HEAD | {
+        "event": "nic",
+        "phase": "ended",
+        "device": "eth3",
+        "packets": 5000,
+        "drops": 14,
+        "since": "S",
+        "queues": [{"queue": 5, "drops": 14, "counter": "rx5_discards"}],
+        "hint": None,
+    }
+    told = "T warning nic eth3: 14 packets dropped"
+    end = " (ended; 5000 packets since S)"
+    assert render(event) == f"{told} (rx5_discards 14){end}"
+    assert render(event | {"queues": []}) == told + end
 
 
 def test_suppressed() -> None:

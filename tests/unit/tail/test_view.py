@@ -104,6 +104,38 @@ def test_who_the_blocker_belongs_to() -> None:
     assert "nginx.service" not in told
 
 
+@pytest.mark.parametrize(
+    ("net", "told"),
+    [
+        (None, ""),
+        ({}, ""),
+        ({"dropped": None, "time_squeeze": 0, "queues": None}, ""),
+        ({"dropped": 14, "time_squeeze": 3}, "14 packets dropped; budget used up 3 times"),
+        (
+            {
+                "queues": [
+                    {"device": "eth3", "queue": 5, "rps": False},
+                    {"device": "eth3", "queue": 5, "rps": False},
+                    {"device": "veth1", "queue": 0, "rps": True},
+                    {"device": "wlan0", "queue": None, "rps": False},
+                ]
+            },
+            "serves eth3 rx queue 5, veth1 rx queue 0 (RPS), wlan0",
+        ),
+        (
+            {"dropped": 1, "queues": [{"device": f"eth{n}", "queue": 0} for n in range(6)]},
+            "1 packets dropped; serves eth0 rx queue 0, eth1 rx queue 0, eth2 rx queue 0, "
+            "eth3 rx queue 0, 2 more",
+        ),
+        ({"queues": 7, "dropped": "many"}, ""),
+    ],
+)
+def test_network(net: Any, told: str) -> None:
+    """What was dropped and which queues the CPU serves, in one row, if any is known."""
+    rows = [row for row in text(STALL | {"net": net}).split("\n") if row.startswith("  net ")]
+    assert rows == ([f"  net        {told}"] if told else [])
+
+
 def test_priorities() -> None:
     """A real-time priority, or a nice value that is not the usual one."""
     fifo = BLOCKER | {"policy": "fifo", "rt_priority": 50, "nice": None, "mode": "softirq"}
@@ -193,7 +225,31 @@ def test_only_the_top_frames() -> None:
             {"event": "degraded", "name": "tcp x:1", "state": "ended", "reason": "connected"},
             "degraded  over: tcp x:1: connected",
         ),
-        ({"event": "nic", "device": "eth0", "host": "h"}, "nic  device=eth0"),
+        (
+            {
+                "event": "softnet",
+                "cpu": 11,
+                "phase": "begun",
+                "dropped": 14,
+                "time_squeeze": 3,
+                "packets": 500,
+                "hint": "not here",
+            },
+            "softnet  cpu 11: 14 packets dropped, budget used up 3 times (begun; 500 received)",
+        ),
+        (
+            {
+                "event": "nic",
+                "device": "eth3",
+                "phase": "ended",
+                "drops": 14,
+                "packets": 500,
+                "queues": [{"queue": 5, "drops": 13, "counter": "rx5_discards"}],
+            },
+            "nic  eth3: 14 packets dropped, rx5_discards 13 (ended; 500 received)",
+        ),
+        ({"event": "nic", "queues": 7}, "nic  :  packets dropped (;  received)"),
+        ({"event": "task_blocked", "pid": 7, "host": "h"}, "task_blocked  pid=7"),
     ],
 )
 def test_other_events_are_one_line(event: dict[str, Any], told: str) -> None:

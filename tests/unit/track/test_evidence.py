@@ -44,7 +44,7 @@ def stall(*observations: Observation, **changes: Any) -> Stall:
 
 def net_of(given: Stall) -> Net:
     """What it did for the network, with ticks of 4 ms."""
-    return evidence.net_of(given, 8 * MS)
+    return evidence.net_of(given, 8 * MS, {"softnet"})
 
 
 def weighed(*observations: Observation, **changes: Any) -> Evidence:
@@ -261,6 +261,29 @@ class TestNet:
         now = {"net_rx_runs": 1, "processed": 0x10, "squeezed": 0}
         found = net_of(stall(close(0, 12, **now), before=[tick(-4, **last)]))
         assert (found.runs, found.packets, found.squeezed) == (2, 0x20, 2)
+
+    COLUMNS: ClassVar[dict[str, str]] = {
+        "dropped": "dropped",
+        "received_rps": "received_rps",
+        "flow_limit": "flow_limited",
+    }
+
+    @pytest.mark.parametrize("place", COLUMNS)
+    def test_what_the_kernel_has(self, place: str) -> None:
+        """Each further counter is told where the kernel has it, also across 32 bits."""
+        last: dict[str, Any] = self.COUNTS | {place: 0xFFFFFFFF}
+        given = stall(close(0, 12, **self.COUNTS | {place: 13}), before=[tick(-4, **last)])
+        found = evidence.net_of(given, 8 * MS, {"softnet", place})
+        assert getattr(found, self.COLUMNS[place]) == 14
+        others = [getattr(found, name) for at, name in self.COLUMNS.items() if at != place]
+        assert (*others, found.backlog) == (None, None, None)
+
+    def test_the_backlog(self) -> None:
+        """It is no counter: what waited at the last record."""
+        before = [tick(-4, **self.COUNTS, backlog=9)]
+        given = stall(close(0, 12, **self.COUNTS, backlog=7), before=before)
+        assert evidence.net_of(given, 8 * MS, {"backlog"}).backlog == 7
+        assert evidence.net_of(given, 8 * MS, ()).backlog is None
 
     def test_counters_that_cannot_be_read(self) -> None:
         """They are unknown then, not 0; our own are known all the same."""

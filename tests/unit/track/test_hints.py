@@ -49,6 +49,44 @@ def test_every_verdict_has_one(verdict: Verdict, captured: str, whom: Blocker | 
     assert text[-1] != "."
 
 
+@pytest.mark.parametrize("verdict", [verdict for verdict in Verdict if verdict != "unknown"])
+def test_each_ends_with_its_pointer(verdict: Verdict) -> None:
+    """Where the runbook tells more: in the section of the verdict, unless the case has its own."""
+    assert said(verdict).endswith(f"; see docs/runbook.md#{verdict}")
+
+
+STAT_FRAMES = [
+    "memcg_stat_show+0x1a",
+    "memory_stat_show+0x1a",
+    "mem_cgroup_flush_stats+0x10",
+    "mem_cgroup_flush_stats.part.0+0x10",
+    "cgroup_rstat_flush_locked+0x99",
+    "css_rstat_flush+0x2",
+]
+
+
+@pytest.mark.parametrize("frame", STAT_FRAMES)
+@pytest.mark.parametrize("verdict", [Verdict.STUCK_IN_KERNEL, Verdict.CPU_CONTENTION])
+def test_readers_of_memory_stat(frame: str, verdict: Verdict) -> None:
+    """The best known culprit has its own remedy."""
+    text = said(verdict, kernel_stack=("number+0x5", frame, "seq_read_iter+0x1"))
+    assert "cadvisor" in text
+    assert text.endswith("#memcg-stat-readers")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "changes"),
+    [
+        (Verdict.STUCK_IN_KERNEL, {"kernel_stack": ("not_memcg_stat_show+0x1",)}),
+        (Verdict.STUCK_IN_KERNEL, {"kernel_stack": ("memcg_stat_show+0x1",), "captured": "none"}),
+        (Verdict.SOFTIRQ_HOG, {"kernel_stack": ("cgroup_rstat_flush+0x1",)}),
+    ],
+)
+def test_no_readers_of_memory_stat(verdict: Verdict, changes: dict[str, Any]) -> None:
+    """Another function, no stack of the culprit's, another cause."""
+    assert "memory.stat" not in said(verdict, **changes)
+
+
 def test_they_differ() -> None:
     """Each verdict has its own."""
     verdicts = [verdict for verdict in Verdict if verdict is not Verdict.UNKNOWN]

@@ -1,0 +1,231 @@
+"""Looks at CPUs and devices from time to time: what they drop, and which queues there are.
+
+All that asks the kernel is done in a thread, one look at a time. What stalls are told of is the
+last inventory, from memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from stalld import events, net_events
+from stalld.config import Config
+from stalld.enrich import netlink, softnet
+from stalld.enrich.driver_stats import DriverStats, Lost
+from stalld.enrich.ethtool import Ethtool
+from stalld.enrich.netlink import LinkNews
+from stalld.enrich.nic import Inventory, Surveyor
+from stalld.reader import online_cpus
+from stalld.track.rates import Rates
+
+SURVEY_EVERY_S = 60.0
+"""Affinities and RPS masks change without news."""
+SURVEY_GAP_S = 2.0
+"""Not sooner, however fast links change."""
+SETTLE_S = 0.2
+"""News of links come in bursts."""
+MAX_CPUS = 8192
+MAX_LINKS = 4096
+
+Emit = Callable[[str, str, events.Event], None]
+_Told = tuple[str, str, events.Event]
+_Link = tuple[int, str]
+
+
+class NetWatch:
+    """Belongs to the loop's thread, but for what is read of ``inventory``.
+
+    Args:
+        emit: an event, its level, its fields.
+        clocks_ns: CLOCK_MONOTONIC and CLOCK_REALTIME, taken together.
+    """
+
+    def __init__(
+        self, config: Config, emit: Emit, clocks_ns: Callable[[], tuple[int, int]]
+    ) -> None:
+        self.inventory: Inventory | None = None
+        """As of the last survey; None: there was none yet, or it failed."""
+        self.faults: Counter[str] = Counter()
+        """What could not be read, and how often."""
+        self._config = config
+        self._emit = emit
+        self._clocks_ns = clocks_ns
+        self._surveyor = Surveyor(self.faults)
+        self._cpus: Rates[int] = Rates({}, 32, MAX_CPUS)
+        self._links: Rates[_Link] = Rates({}, 64, MAX_LINKS)
+        self._drivers: dict[_Link, DriverStats] = {}
+        self._wanted = asyncio.Event()
+        self._links_changed = False
+        self._polled_s = self._surveyed_s = float("-inf")
+        self.apply(config)
+
+    def lookup(self) -> Inventory | None:
+        """The inventory, for whoever has to do without if there is none: that is counted."""
+        found = self.inventory
+        if found is None:
+            self.faults["queues of a stall: no inventory"] += 1
+        return found
+
+    def apply(self, config: Config) -> None:
+        """Go by other settings from now on."""
+        self._config = config
+        self._cpus.limits = {
+            "dropped": config.softnet.drops_per_s,
+            "time_squeeze": config.softnet.squeezes_per_s,
+        }
+        self._links.limits = dict.fromkeys(("drops", "queue_drops"), config.nic.drops_per_s)
+        self._wanted.set()
+
+    async def run(self) -> None:
+        """Look, tell, wait, for ever."""
+        news = self._listen()
+        try:
+            while True:
+                now_s = time.monotonic()
+                survey = now_s >= self._survey_due_s()
+                if survey and self._links_changed:
+                    await asyncio.sleep(SETTLE_S)
+                    self._take_news(news)
+                poll = now_s >= self._poll_due_s()
+                if survey or poll:
+                    for told in await asyncio.to_thread(self._look, survey, poll):
+                        self._emit(*told)
+                await self._wait()
+        finally:
+            if news is not None:
+                with suppress(ValueError):
+                    asyncio.get_running_loop().remove_reader(news)
+                news.close()
+
+    def _listen(self) -> LinkNews | None:
+        try:
+            news = LinkNews.open()
+        except OSError as error:
+            self.faults[f"news of links: {error.strerror}"] += 1
+            return None
+        asyncio.get_running_loop().add_reader(news, self._hear, news)
+        return news
+
+    def _hear(self, news: LinkNews) -> None:
+        # Once is enough: what else comes until the survey waits in the socket.
+        asyncio.get_running_loop().remove_reader(news)
+        self._links_changed = True
+        self._wanted.set()
+
+    def _take_news(self, news: LinkNews | None) -> None:
+        self._links_changed = False
+        self._surveyor.forget_names()
+        if news is not None:
+            news.drain()
+            asyncio.get_running_loop().add_reader(news, self._hear, news)
+
+    def _survey_due_s(self) -> float:
+        return self._surveyed_s + (SURVEY_GAP_S if self._links_changed else SURVEY_EVERY_S)
+
+    def _poll_due_s(self) -> float:
+        if not (self._config.softnet.enabled or self._config.nic.enabled):
+            return float("inf")
+        return self._polled_s + self._config.softnet.interval_s
+
+    async def _wait(self) -> None:
+        """Until something is due, or wanted."""
+        self._wanted.clear()
+        due_s = min(self._survey_due_s(), self._poll_due_s())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, due_s - time.monotonic())):
+                await self._wanted.wait()
+
+    def _look(self, survey: bool, poll: bool) -> list[_Told]:
+        """In a thread: what there is to tell."""
+        told: list[_Told] = []
+        if survey:
+            # Also when it fails: no sooner again.
+            self._surveyed_s = time.monotonic()
+            self._survey()
+        if poll:
+            self._polled_s = time.monotonic()
+            if self._config.softnet.enabled:
+                told += self._look_at_cpus()
+            if self._config.nic.enabled:
+                told += self._look_at_links()
+        return told
+
+    def _survey(self) -> None:
+        try:
+            self.inventory = self._surveyor.survey()
+        except (OSError, ValueError) as error:
+            self.inventory = None
+            self._count("links", error)
+
+    def _look_at_cpus(self) -> list[_Told]:
+        try:
+            rows = softnet.parse(Path(softnet.PATH).read_text(), online_cpus())
+        except (OSError, ValueError) as error:
+            self._count("softnet_stat", error)
+            return []
+        now_ns, wall_ns = self._clocks_ns()
+        told: list[_Told] = []
+        for cpu, row in rows.items():
+            episode = self._cpus.take(cpu, now_ns, net_events.softnet_counters(row))
+            if episode is not None:
+                fields = net_events.softnet(
+                    cpu,
+                    episode,
+                    row.backlog,
+                    self.inventory,
+                    drops_per_s=self._config.softnet.drops_per_s,
+                    boot_wall_ns=wall_ns - now_ns,
+                )
+                told.append(("softnet", *fields))
+        return told
+
+    def _look_at_links(self) -> list[_Told]:
+        inventory = self.inventory
+        if inventory is None:
+            return []
+        try:
+            stats = netlink.link_stats()
+        except (OSError, struct.error) as error:
+            self._count("link statistics", error)
+            return []
+        now_ns, wall_ns = self._clocks_ns()
+        links = {(device.ifindex, device.name): device for device in inventory.devices.values()}
+        self._links.keep(links.keys())
+        self._drivers = {link: self._drivers[link] for link in self._drivers.keys() & links.keys()}
+        told: list[_Told] = []
+        for link, device in links.items():
+            if device.ifindex not in stats:
+                continue  # It has just gone.
+            driver = self._drivers.setdefault(link, DriverStats(device.name))
+            lost = self._lost(driver) if device.hardware else {}
+            counters = net_events.nic_counters(stats[device.ifindex], lost)
+            episode = self._links.take(link, now_ns, counters)
+            if episode is not None:
+                fields = net_events.nic(
+                    device.name,
+                    device.ifindex,
+                    episode,
+                    driver.lost,
+                    inventory,
+                    boot_wall_ns=wall_ns - now_ns,
+                )
+                told.append(("nic", *fields))
+        return told
+
+    def _lost(self, driver: DriverStats) -> dict[Lost, int]:
+        try:
+            with Ethtool() as ethtool:
+                return driver.read(ethtool)
+        except (OSError, struct.error) as error:
+            self._count("a driver's counters", error)
+            return {}
+
+    def _count(self, what: str, error: Exception) -> None:
+        reason = error.strerror if isinstance(error, OSError) else "not understood"
+        self.faults[f"{what}: {reason}"] += 1
