@@ -27,7 +27,7 @@ from tests.injector.records import RecordSource, Sent
 from tests.kernel.daemon import STALLED_CPU as CPU
 
 ROUNDS, SECONDS = 3, 1.5
-RATES = (10_000, 40_000, 160_000, 640_000)
+RATES = (10_000, 40_000, 160_000, 320_000)
 """Records a second that are tried in turn, until some are lost."""
 BURST = 100
 PLAIN, NAMED = "bcc", "bcc with names"
