@@ -6,6 +6,7 @@ import platform
 
 from stalld import __version__, events
 from stalld.config import Settings
+from stalld.enrich.asking import Asking, Unknown
 from stalld.pipeline import Pipeline
 from stalld.probe.protocol import Description
 from stalld.rings import Rings
@@ -75,7 +76,12 @@ def started(
 
 
 def stopped(
-    pipeline: Pipeline, maps: Maps, rings: Rings, uptime_ns: int, sinks: list[events.Event]
+    pipeline: Pipeline,
+    asking: Asking,
+    maps: Maps,
+    rings: Rings,
+    uptime_ns: int,
+    sinks: list[events.Event],
 ) -> events.Event:
     """The ``stopped`` event: totals of the run; ``sinks``: what became of all events."""
     return {
@@ -93,5 +99,9 @@ def stopped(
         "net_rx_max_ms": events.milliseconds(max(s.net_rx_max_ns for s in maps.cpus)),
         "napi": events.napi(rings.napi_totals()),
         "serves_inline": maps.serves_inline(),
+        "enrichment": {
+            **{reason.value: asking.counts[reason] for reason in Unknown},
+            "longest_wait_ms": events.milliseconds(round(asking.longest_wait_s * 1e9)),
+        },
         "sinks": sinks,
     }

@@ -167,6 +167,7 @@ class Service:
             # Called where the record is read; looked at where the loop follows up.
             on_hotplug=lambda cpu: self._upkeep.hotplugged.add(cpu),
         )
+        self._resources.callback(self._detector.close)
         reader = PerfReader(probes.fds["map:events"], self._detector.pipeline.take, lock=self._lock)
         self._reader = reader
         self._resources.callback(reader.close)

@@ -88,7 +88,8 @@ class CpuState(ctypes.Structure):
         ("napi_work", ctypes.c_uint32),
         ("napi_budget", ctypes.c_uint32),
         ("napi_name", ctypes.c_char * COMM_LEN),
-        ("reserved", ctypes.c_uint64 * 5),
+        ("told_task", ctypes.c_uint64),
+        ("reserved", ctypes.c_uint64 * 4),
     )
 
 

@@ -53,7 +53,7 @@ _RUNTIMES = {
 _MONITORS = {"crio-conmon": "cri-o", "libpod-conmon": "podman"}
 # A cgroupfs driver's name of a kubelet that uses systemd's: SLICE:RUNTIME:ID
 _COLONS = re.compile(rf"([^:]*):([a-z-]+):({_ID})")
-# /docker/<id>, /docker/<id>/docker/<id>, /ecs/<task>/<id>; whose /kubepods/…/<id> is, nobody can say
+# /docker/<id>, /docker/<id>/docker/<id>; of /kubepods/…/<id> nobody can say whose it is.
 _PARENTS = {
     "docker": "docker",
     "default": "containerd",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,8 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from stalld import bookends, degraded, events
 from stalld.config import Settings
+from stalld.enrich.asking import Answer, Unknown
+from stalld.enrich.identity import Asked, Identity
 from stalld.errors import DecodeError
 from stalld.pipeline import Pipeline
 from stalld.probe.protocol import Attached, Description, Missing
@@ -46,6 +49,8 @@ from tests.unit.make import (
 )
 from tests.unit.schema import SCHEMA, VALIDATOR, parse
 
+NOBODY = Identity()
+GONE = Answer(Asked(), Unknown.GONE)
 WALL = 1_767_323_045_678_901_234
 HOSTILE = [
     (b"two\nlines\r", "two\nlines\r"),
@@ -68,7 +73,9 @@ def updates(host: MadeHost | None = None, **changes: Any) -> list[Update]:
     return given.observe(sample(1, 50, **waiting)) + given.observe(close(1, 60, **waiting))
 
 
-def stall(update: Update, names: dict[int, bytes] | None = None) -> events.Event:
+def stall(
+    update: Update, names: dict[int, bytes] | None = None, identity: Identity = NOBODY
+) -> events.Event:
     """The event of one update."""
     return events.stall(
         update,
@@ -76,6 +83,7 @@ def stall(update: Update, names: dict[int, bytes] | None = None) -> events.Event
         boot_wall_ns=WALL - T0,
         sampler="tick",
         names={} if names is None else names,
+        identity=identity,
     )
 
 
@@ -195,12 +203,19 @@ def test_a_whole_stall() -> None:
             "tid": 101,
             "comm": "spinner",
             "cmdline": None,
+            "exe": None,
+            "uid": None,
+            "parent": None,
+            "ns_pid": None,
             "mode": "kernel",
             "policy": "fifo",
             "rt_priority": 50,
             "nice": None,
+            "syscall": None,
+            "file": None,
             "cgroup": None,
             "unit": None,
+            "runtime": None,
             "container_id": None,
             "pod_uid": None,
         },
@@ -276,7 +291,12 @@ def test_samplers(nmi: bool, sampler: str) -> None:
     """The sampler is the one that took the stack, which is not always the usual one."""
     (update, _) = updates()
     fields = events.stall(
-        update._replace(nmi=nmi), stall_id="i", boot_wall_ns=0, sampler=sampler, names={}
+        update._replace(nmi=nmi),
+        stall_id="i",
+        boot_wall_ns=0,
+        sampler=sampler,
+        names={},
+        identity=NOBODY,
     )
     event = parse(line("stall", "warning", fields))
     assert event["evidence"]["sampler"] == ("nmi" if nmi else sampler)
@@ -471,14 +491,17 @@ def pipeline(
     mode: str = "kernel",
     hotplug: Callable[[int], None] = lambda cpu: None,
     per_minute: int = 5,
+    known: Answer = GONE,
 ) -> Pipeline:
     """A pipeline without a kernel, 70 ms after the stall began."""
+    asking: Any = SimpleNamespace(answer=lambda question: known)
     symbols: Any = Symbols(mode)
     return Pipeline(
         Tracker(THRESHOLD, TICK_NS, MadeHost()),
         Folder(per_minute, THRESHOLD),
         symbols,
         Emitter(lambda line, _: stream.write(line), lambda: WALL, "host"),
+        asking,
         names={40: b"napi/eth0-8193"},
         id_prefix="boot-1",
         sampler="tick",
@@ -656,7 +679,8 @@ def stopped() -> dict[str, Any]:
     maps.cpus[0].unwatched, maps.cpus[1].missed = 5, 6
     rings: Any = SimpleNamespace(napi_totals=lambda: {(2, b"eth0"): Polled(7, 70, 1)})
     sinks = [{"name": "stdout", "delivered": 3, "queued": 1, "dropped": 2}]
-    fields = bookends.stopped(pipeline(io.BytesIO()), maps, rings, 60_000 * MS, sinks)
+    asking: Any = SimpleNamespace(counts=Counter({Unknown.GONE: 2}), longest_wait_s=0.0015)
+    fields = bookends.stopped(pipeline(io.BytesIO()), asking, maps, rings, 60_000 * MS, sinks)
     return parse(line("stopped", "info", fields))
 
 
