@@ -73,7 +73,7 @@ def _status(raw: bytes) -> dict[bytes, bytes]:
 def _cgroups(raw: bytes) -> Iterator[bytes]:
     """The paths of ``/proc/PID/cgroup``; the kernel lets no name have a newline."""
     paths: dict[str, bytes] = {}
-    for line in raw.split(b"\n"):
+    for line in filter(None, raw.split(b"\n")):
         _, _, rest = line.partition(b":")
         controllers, _, path = rest.partition(b":")
         for controller in controllers.decode("utf-8", "replace").split(","):
