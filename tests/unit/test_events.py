@@ -18,6 +18,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from stalld import bookends, degraded, events
 from stalld.config import Settings
 from stalld.enrich.asking import Answer, Unknown
+from stalld.enrich.cgroup import Place
 from stalld.enrich.identity import Asked, Identity
 from stalld.errors import DecodeError
 from stalld.pipeline import Pipeline
@@ -41,6 +42,7 @@ from tests.unit.make import (
     MadeHost,
     close,
     encode,
+    encode_task,
     record,
     sample,
     tick,
@@ -283,6 +285,29 @@ def test_what_is_not_known_is_null() -> None:
     assert told(update._replace(net=Net(0, 0, 0, 0, None)))["net"]["napi"] is None
     nobody = told(update._replace(blocker=None, kernel_stack=(), captured="none"))
     assert nobody["blocker"] is None
+
+
+def test_who() -> None:
+    """All that is known of the blocker has its key."""
+    place = Place("/docker/a", "x.service", "system.slice", "docker", "a", "p")
+    identity = Identity("spinner -v", "/spinner", 0, (1, "init"), "read", "proc:/x", 7, place)
+    (update, _) = updates()
+    blocker = parse(line("stall", "warning", stall(update, identity=identity)))["blocker"]
+    expected = {
+        "cmdline": "spinner -v",
+        "exe": "/spinner",
+        "uid": 0,
+        "parent": {"pid": 1, "comm": "init"},
+        "ns_pid": 7,
+        "syscall": "read",
+        "file": "proc:/x",
+        "cgroup": "/docker/a",
+        "unit": "x.service",
+        "runtime": "docker",
+        "container_id": "a",
+        "pod_uid": "p",
+    }
+    assert {key: blocker[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("nmi", [False, True])
@@ -568,6 +593,37 @@ class TestPipeline:
         given.take(b"short")
         assert (given.undecodable, given.records, len(told)) == (1, 0, 1)
         assert stream.getvalue() == b""
+
+    def test_tasks(self) -> None:
+        """A record of a task names the blocker in all lines; it is no line itself."""
+        stream = io.BytesIO()
+        made = pipeline(stream)
+        made.take(encode_task(make.task()))
+        assert stream.getvalue() == b""
+        waiting = {"wait_ns": waits(NET_RX=50 * MS)}
+        made.take(encode(sample(1, 50, **waiting).record))
+        made.take(encode(close(1, 60, **waiting).record))
+        told = [e["blocker"]["cmdline"] for e in lines(stream)]
+        assert told == ["spinner -v", "spinner -v"]
+
+    @pytest.mark.parametrize("changes", [{"seq": 2}, {"tid": 102}, {"cpu": 1}])
+    def test_other_tasks(self, changes: dict[str, int]) -> None:
+        """Of another stall, thread or CPU: it is not the blocker, and /proc is asked."""
+        stream = io.BytesIO()
+        made = pipeline(stream, known=Answer(Asked(args=b"asked"), None))
+        made.take(encode_task(make.task(**changes)))
+        made.take(encode(sample(1, 50, wait_ns=waits(NET_RX=50 * MS)).record))
+        (event,) = lines(stream)
+        assert event["blocker"]["cmdline"] == "asked"
+
+    def test_idle(self) -> None:
+        """The idle task is nobody: nothing is asked."""
+        stream = io.BytesIO()
+        made = pipeline(stream, known=Answer(Asked(args=b"asked"), None))
+        waiting = {"wait_ns": waits(NET_RX=50 * MS), "tid": 0, "tgid": 0}
+        made.take(encode(sample(1, 50, **waiting).record))
+        (event,) = lines(stream)
+        assert event["blocker"]["cmdline"] is None
 
     def test_losses_are_told(self) -> None:
         """The kernel's losses are an event and belong to the stall of that CPU."""
