@@ -45,10 +45,22 @@
 /* In timed_mask: the threshold is long enough that less than a tick is brief. */
 #define BRIEF_BIT 31
 
+/* Of who had the CPU: how much of the command line, how many names of a path, innermost first. */
+#define ARGS_LEN 256
+#define PATH_DEPTH 12
+#define NAME_LEN 128
+#define NAMES_LEN 2048
+
+/* task_record.known: what could be read. */
+#define KNOWN_ARGS 0x1
+#define KNOWN_SYSCALL 0x2
+#define KNOWN_CGROUP 0x4
+
 enum record_type {
 	RECORD_SAMPLE = 1, /* the stall goes on; this is what runs now */
 	RECORD_CLOSE = 2, /* nothing is overdue any more */
 	RECORD_HOTPLUG = 3, /* the CPU goes down or comes up: only type, source and cpu count */
+	RECORD_TASK = 4, /* struct task_record: who the next record of this CPU is about */
 };
 
 /* The hook that wrote a record: it says what the stack means. */
@@ -104,6 +116,45 @@ struct stall_record {
 	char comm[COMM_LEN];
 	u64 user_stack[USER_STACK_DEPTH];
 	u64 kernel_stack[KERNEL_STACK_DEPTH]; /* sent only as far as filled */
+};
+
+/* Paths of a task. */
+enum task_path {
+	PATH_CGROUP = 0, /* in the unified hierarchy */
+	PATH_CONTROLLER = 1, /* that a controller has in a hierarchy of its own */
+	PATH_EXE = 2,
+	PATH_FILE = 3, /* if the first argument of the system call is a descriptor */
+	PATH_COUNT = 4,
+};
+
+/*
+ * Who a task is, once per stall and task, before its first record. Of each path
+ * the names follow each other in names, innermost first, each with its NUL.
+ */
+struct task_record {
+	u32 type;
+	u32 source;
+	u32 cpu;
+	u32 seq; /* number of the stall on this CPU */
+	u64 time_ns;
+	u64 file_inode;
+	u32 known; /* KNOWN_* */
+	u32 task_flags; /* PF_* */
+	u32 tgid;
+	u32 tid;
+	u32 uid;
+	u32 parent_pid; /* 0: not known */
+	u32 ns_pid; /* of the process in its own pid namespace; 0: that is the first, or not known */
+	u32 syscall; /* that it is in */
+	u32 args_total; /* bytes of the whole command line */
+	u32 args_bytes;
+	u32 path_names[PATH_COUNT]; /* how many; 0: the root, or not known */
+	u32 paths_cut; /* a bit for each path that has further names above */
+	u32 names_bytes;
+	char parent_comm[COMM_LEN];
+	char file_system[COMM_LEN]; /* that the file is in */
+	char args[ARGS_LEN]; /* each argument with its NUL */
+	char names[NAMES_LEN]; /* sent only as far as filled */
 };
 
 /* A watched thread that waits for a CPU, or waited in the present stall. */
@@ -182,7 +233,7 @@ struct cpu_state {
 	u32 running_pid;
 	u32 vec_mask;
 	char napi_name[COMM_LEN];
-	u64 reserved[1];
+	u64 told_task; /* seq << 32 | tid of the task that a task_record was last written of */
 };
 
 /* One element, written by user space. threshold_ns 0: record nothing. */

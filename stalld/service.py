@@ -172,6 +172,7 @@ class Service:
             on_hotplug=lambda cpu: self._upkeep.hotplugged.add(cpu),
             inventory=netwatch.lookup,
         )
+        self._resources.callback(self._detector.close)
         reader = PerfReader(probes.fds["map:events"], self._detector.pipeline.take, lock=self._lock)
         self._reader = reader
         self._resources.callback(reader.close)

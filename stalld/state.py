@@ -92,7 +92,7 @@ class CpuState(ctypes.Structure):
         ("running_pid", ctypes.c_uint32),
         ("vec_mask", ctypes.c_uint32),
         ("napi_name", ctypes.c_char * COMM_LEN),
-        ("reserved", ctypes.c_uint64 * 1),
+        ("told_task", ctypes.c_uint64),
     )
 
 

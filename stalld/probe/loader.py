@@ -16,7 +16,7 @@ from stalld.probe import percpu
 from stalld.probe.btf import Btf
 from stalld.probe.capabilities import require_bpf
 from stalld.probe.fentry import fentry_error
-from stalld.probe.headers import distribution_headers, write_tree
+from stalld.probe.headers import WHO, distribution_headers, lacking, write_tree
 from stalld.probe.percpu import Places
 from stalld.probe.protocol import NMI_SAMPLER, NO_NMI, Attached, Description, Missing, Request
 from stalld.records import watched_bits
@@ -28,6 +28,7 @@ SOURCES = (
     "records.h",
     "state.h",
     "record.c",
+    "task.c",
     "sched.c",
     "softirq.c",
     "lookback.c",
@@ -65,7 +66,13 @@ OPTIONAL = {
 }
 """Hooks the service can do without, and what that means."""
 
-TAILS = ("handle_record", "handle_watched_wakeup", "handle_watched_switch")
+TAILS = (
+    "handle_record",
+    "handle_watched_wakeup",
+    "handle_watched_switch",
+    "handle_emit",
+    "handle_task",
+)
 """What the others end in when there is something to do: TAIL_* of ``bpf/state.h``."""
 
 MAPS = ("cpus", "config", "events", "watched", "rings", "napis", "tails")
@@ -95,6 +102,7 @@ def load(request: Request, structs_dir: Path) -> tuple[Description, list[int]]:
     else:
         os.environ["BCC_KERNEL_SOURCE"] = str(structs_dir)
         flags = write_tree(structs_dir, btf)
+    missing += _unknown_of_tasks(btf)
     for how in ("kfunc", "kprobe", "softirq"):
         reason = _cannot_trace_net_rx_action(how, btf)
         if reason is None:
@@ -151,6 +159,12 @@ def _nmi_sampler(request: Request, btf: Btf | None, missing: list[Missing]) -> b
     missing[:] = [m for m in missing if m.ability != NMI_SAMPLER]
     missing.append(Missing(NMI_SAMPLER, reason, NO_NMI))
     return False
+
+
+def _unknown_of_tasks(btf: Btf | None) -> list[Missing]:
+    """What the programs do not tell of who had the CPU."""
+    without = dict.fromkeys(WHO, "no BTF") if btf is None else lacking(btf)
+    return [Missing(f"{WHO[p].what} of a task", why, WHO[p].effect) for p, why in without.items()]
 
 
 def percpu_places(variables: Places, btf: Btf) -> dict[str, int]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+from stalld.enrich.asking import Answer, Unknown
+from stalld.enrich.identity import Asked
 from stalld.enrich.kallsyms import Kallsyms
 from stalld.enrich.symbols import SymbolTable
 from stalld.host import LocalHost
@@ -41,11 +45,13 @@ class WholePath:
         self._state = maps.cpus[CPU]
         self._rings = make.rings(maps)
         symbols = SymbolTable(_kallsyms(work))
+        asking: Any = SimpleNamespace(answer=lambda question: Answer(Asked(), Unknown.GONE))
         self.pipeline = Pipeline(
             Tracker(THRESHOLD, TICK_NS, LocalHost(maps, self._rings, symbols, False, ())),
             Folder(10_000, THRESHOLD),
             symbols,
             Emitter(lambda line, _: self.lines.append(line), lambda: WALL, "host"),
+            asking,
             names={},
             id_prefix="boot-1",
             sampler="tick",
