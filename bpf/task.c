@@ -38,7 +38,7 @@ static __always_inline u64 read_pointer(u64 at)
 static __always_inline void fill_names(struct task_record *rec, u64 *nodes)
 {
 	u32 path, depth, at, parent_at, name_at;
-	u64 node, parent;
+	u64 node, parent, name;
 	long bytes;
 
 #pragma clang loop unroll(disable)
@@ -55,20 +55,19 @@ static __always_inline void fill_names(struct task_record *rec, u64 *nodes)
 			/* Others: it is its own parent, as is what has no path. */
 			if (!parent || (parent == node && depth))
 				break;
+			name = read_pointer(node + name_at);
 			/* In memory: the verifier does not follow each value that it may have. */
 			at = rec->names_bytes;
 			opaque(at);
-			if (at >= NAMES_LEN - NAME_LEN) {
-				rec->paths_cut |= 1 << path;
-				break;
-			}
-			bytes = bpf_probe_read_kernel_str(rec->names + at, NAME_LEN,
-							  (void *)read_pointer(node + name_at));
+			bytes = 0;
+			if (at < NAMES_LEN - NAME_LEN)
+				bytes = bpf_probe_read_kernel_str(rec->names + at, NAME_LEN,
+								  (void *)name);
 			if (bytes <= 0) {
 				rec->paths_cut |= 1 << path;
 				break;
 			}
-			rec->names_bytes = at + bytes;
+			rec->names_bytes += bytes;
 			rec->path_names[path] = depth + 1;
 			node = parent;
 		}

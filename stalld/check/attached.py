@@ -5,7 +5,7 @@ from __future__ import annotations
 from stalld.check.report import Item, State
 from stalld.perf import NMI_HZ, NmiSampler, SamplerError
 from stalld.probe.client import Probes
-from stalld.probe.protocol import NMI_SAMPLER, NO_NMI, Description, Missing
+from stalld.probe.protocol import NMI_SAMPLER, NO_NMI, OF_A_TASK, Description, Missing
 from stalld.reader import online_cpus
 
 NET_RX_ACTION = "net_rx_action"
@@ -60,6 +60,8 @@ def described(description: Description) -> list[Item]:
 def _without(missing: Missing) -> Item:
     if missing.ability == TASK_ITERATOR:
         detail, remedy = missing.reason, NEEDS_ITERATOR
+    elif missing.ability.endswith(OF_A_TASK):
+        detail, remedy = missing.reason, "none yet: please report it with the kernel's version"
     else:
         detail, remedy = f"not attached: {missing.reason}", "use a kernel that has this tracepoint"
     return Item(missing.ability, State.DEGRADED, detail, missing.effect, remedy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,10 @@ from stalld.records import ARGS_LEN, COMM_LEN
 
 SCANNED_MAX = 100_000
 """Cgroups looked at in one search."""
+PAUSE_EVERY = 16
+PAUSE_S = 1e-5
+"""A search pauses that often, less than a millisecond each: a line must not wait for Python's
+lock."""
 
 # Whose paths say most: the unified hierarchy's, those of the controllers that runtimes use.
 _WANTED = ("", "memory", "cpu", "name=systemd")
@@ -99,7 +104,7 @@ def find_cgroup(mount: str, wanted: int) -> bytes | None:
     """The path of the cgroup with this number (its inode), below the mount of its hierarchy.
 
     Level by level, since what is asked for is seldom deep. Nothing is kept: ten thousand
-    cgroups are looked through in a fraction of a second, and hardly ever need be.
+    cgroups are looked through in half a second, and hardly ever need be.
     """
     with suppress(OSError):
         if Path(mount).stat().st_ino == wanted:
@@ -115,6 +120,8 @@ def find_cgroup(mount: str, wanted: int) -> bytes | None:
                         if not entry.is_dir(follow_symlinks=False):
                             continue
                         seen += 1
+                        if seen % PAUSE_EVERY == 0:
+                            time.sleep(PAUSE_S)
                         path = f"{directory}/{entry.name}"
                         if entry.inode() == wanted:
                             return os.fsencode(path)

@@ -18,7 +18,15 @@ from stalld.probe.capabilities import require_bpf
 from stalld.probe.fentry import fentry_error
 from stalld.probe.headers import WHO, distribution_headers, lacking, write_tree
 from stalld.probe.percpu import Places
-from stalld.probe.protocol import NMI_SAMPLER, NO_NMI, Attached, Description, Missing, Request
+from stalld.probe.protocol import (
+    NMI_SAMPLER,
+    NO_NMI,
+    OF_A_TASK,
+    Attached,
+    Description,
+    Missing,
+    Request,
+)
 from stalld.records import watched_bits
 
 if TYPE_CHECKING:
@@ -164,7 +172,7 @@ def _nmi_sampler(request: Request, btf: Btf | None, missing: list[Missing]) -> b
 def _unknown_of_tasks(btf: Btf | None) -> list[Missing]:
     """What the programs do not tell of who had the CPU."""
     without = dict.fromkeys(WHO, "no BTF") if btf is None else lacking(btf)
-    return [Missing(f"{WHO[p].what} of a task", why, WHO[p].effect) for p, why in without.items()]
+    return [Missing(f"{WHO[p].what}{OF_A_TASK}", why, WHO[p].effect) for p, why in without.items()]
 
 
 def percpu_places(variables: Places, btf: Btf) -> dict[str, int]:

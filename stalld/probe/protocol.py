@@ -19,6 +19,8 @@ from stalld.errors import ProbeError
 _LENGTH = struct.Struct("=I")
 _MAX_FDS = 64
 
+OF_A_TASK = " of a task"
+"""How abilities end that tell who had the CPU."""
 NMI_SAMPLER = "NMI sampler"
 NO_NMI = "of a stall with interrupts off the stack is that of the moment they were enabled again"
 

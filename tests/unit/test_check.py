@@ -18,7 +18,14 @@ from stalld.enrich.softnet import Softnet
 from stalld.perf import SamplerError
 from stalld.probe import capabilities
 from stalld.probe.client import Probes
-from stalld.probe.protocol import NMI_SAMPLER, NO_NMI, Attached, Description, Missing
+from stalld.probe.protocol import (
+    NMI_SAMPLER,
+    NO_NMI,
+    OF_A_TASK,
+    Attached,
+    Description,
+    Missing,
+)
 from tests.unit import make
 
 BPF, PERFMON, SYSLOG, ADMIN = 1 << 39, 1 << 38, 1 << 34, 1 << 21
@@ -290,6 +297,7 @@ def test_behaviour(inline: bool | None, state: str, word: str) -> None:
 def test_what_is_missing_has_a_remedy() -> None:
     """Whatever hook the kernel refuses: why, what that means, what to do. Never told twice."""
     hooks = ["raw tracepoint napi_poll", "raw tracepoint cpuhp_enter", "task iterator"]
+    hooks.append(f"cgroup{OF_A_TASK}")
     elsewhere = ["raw tracepoint lookback", NMI_SAMPLER]
     answer = description("softirq", *(Missing(name, "why", "what") for name in hooks + elsewhere))
     found = {item.name: item for item in described(replace(answer, attached=[]))}

@@ -6,7 +6,7 @@ import struct
 from contextlib import suppress
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stalld.decode import WHO, decode, decode_who, is_task
@@ -61,6 +61,7 @@ NAMES_BYTES = COUNTS + PATH_COUNT * 4 + 4
     ),
     st.integers(0, 7),
 )
+@settings(deadline=None)  # Much is made for each example.
 def test_round_trip(given_task: TaskRecord, padding: int) -> None:
     """What the kernel wrote comes out, whatever the perf buffer adds."""
     raw = encode_task(given_task, padding)
