@@ -19,6 +19,14 @@ UNITDIR = /usr/lib/systemd/system
 RUNTIME_PACKAGES := python3-bpfcc libbpf1 python3-venv
 TEST_PACKAGES := clang-14 libbpf-dev linux-libc-dev bpftool iproute2 iputils-ping \
 	libbpf-tools procps gcc libc6-dev systemd rsyslog rsyslog-openssl logrotate openssl
+# Loads, and the tools that we are measured against.
+BENCH_PACKAGES := linux-perf bpfcc-tools rt-tests stress-ng
+
+# Only for test-vm. busybox-static: the guest's initramfs has no C library.
+VM_PACKAGES := qemu-system-x86 busybox-static kmod xz-utils zstd debian-archive-keyring libelf1
+# The kernels of tests/vm/kernels.toml that test-vm boots (all), and how much it runs there.
+KERNEL ?=
+SUITE ?= full
 
 # Keep packages of the caller's home and shell out of the environment we pin.
 export PYTHONNOUSERSITE := 1
@@ -52,8 +60,11 @@ endef
 need_root = $(if $(filter 0,$(shell id -u)),,$(error `make $(1)` loads BPF programs \
 	and needs root: run it with sudo or in a root shell))
 
-.PHONY: help setup run test check demo bench-fidelity install uninstall clean
-.PHONY: root-run root-test root-demo root-bench-fidelity packages test-packages
+.PHONY: help setup run test test-vm support-matrix check demo install uninstall clean
+.PHONY: bench bench-fidelity bench-soak bench-memory
+.PHONY: packages test-packages vm-packages bench-packages
+.PHONY: root-run root-test root-test-vm root-support-matrix root-demo
+.PHONY: root-bench root-bench-fidelity root-bench-soak root-bench-memory
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
@@ -66,6 +77,12 @@ run: root-run setup ## set up and detect in the foreground until Ctrl-C (ARGS="-
 test: root-test setup test-packages .venv/.dev ## set up and run all tests (ARGS="-k tracker")
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-vm: root-test-vm setup test-packages vm-packages .venv/.vm ## run the kernel tests on other kernels (KERNEL="6.1 7" SUITE=short ARGS=--refresh)
+	@$(BIN)/python -m tests.vm $(KERNEL) --suite $(SUITE) $(ARGS)
+
+support-matrix: root-support-matrix setup test-packages vm-packages .venv/.vm ## the same on all of them, written to docs/support-matrix.md
+	@$(BIN)/python -m tests.vm --suite $(SUITE) --matrix docs/support-matrix.md $(ARGS)
+
 check: setup .venv/.dev ## lint, formatting and types
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
@@ -75,8 +92,17 @@ check: setup .venv/.dev ## lint, formatting and types
 demo: root-demo setup test-packages .venv/.dev ## cause a bounded stall of each kind, show the catch
 	@exec $(BIN)/python -m tests.demo $(ARGS)
 
+bench: root-bench setup bench-packages .venv/.dev ## measure every figure: bench/RESULTS.md (ARGS="--only hot_path")
+	@exec $(BIN)/python -m bench $(ARGS)
+
 bench-fidelity: root-bench-fidelity setup test-packages .venv/.dev ## 1,000 injected stalls: all found and told rightly?
 	@exec $(BIN)/python -m bench.fidelity --stalls 1000 $(ARGS)
+
+bench-soak: root-bench-soak setup bench-packages .venv/.dev ## an hour of real load, nothing injected: any false stall?
+	@exec $(BIN)/python -m bench.soak --seconds 3600 --threshold-ms 10 $(ARGS)
+
+bench-memory: root-bench-memory setup test-packages .venv/.dev ## an hour's storm: how large does it get?
+	@exec $(BIN)/python -m bench.memory --seconds 3600 $(ARGS)
 
 # The program is a directory of its own beside the distribution's packages, which it sees: bcc is
 # one of them. No virtual environment: that would know where it was made, and DESTDIR is not it.
@@ -117,9 +143,10 @@ clean: ## remove everything made here
 
 PY_DIRS = $(shell for d in stalld tests bench; do \
 	[ -z "$$(find $$d -name '*.py' -print -quit 2>/dev/null)" ] || echo $$d; done)
-C_FILES = $(wildcard bpf/*.[ch] tests/injector/*.[ch])
+C_FILES = $(wildcard bpf/*.[ch] tests/injector/*.[ch] tests/vm/module/*.c)
 
-root-run root-test root-demo root-bench-fidelity: root-%:
+root-run root-test root-test-vm root-support-matrix root-demo \
+root-bench root-bench-fidelity root-bench-soak root-bench-memory: root-%:
 	$(call need_root,$*)@:
 
 packages:
@@ -127,6 +154,12 @@ packages:
 
 test-packages:
 	$(if $(call missing,$(TEST_PACKAGES)),$(call apt_install,$(call missing,$(TEST_PACKAGES))),@:)
+
+vm-packages:
+	$(if $(call missing,$(VM_PACKAGES)),$(call apt_install,$(call missing,$(VM_PACKAGES))),@:)
+
+bench-packages: test-packages
+	$(if $(call missing,$(BENCH_PACKAGES)),$(call apt_install,$(call missing,$(BENCH_PACKAGES))),@:)
 
 .venv/.id:
 	@rm -rf .venv
@@ -139,4 +172,8 @@ test-packages:
 
 .venv/.dev: .venv/.installed
 	@$(PIP) install --editable '.[dev]'
+	@touch $@
+
+.venv/.vm: .venv/.dev
+	@$(PIP) install --editable '.[dev,vm]'
 	@touch $@

@@ -47,7 +47,8 @@ def _report(result: Result) -> bool:
         told["delivered"] == counted.all - 1 and told["dropped"] == counted.missing
         for counted, told in ((c, result.told[n]) for n, c in result.sinks.items())
     )
-    return right and result.lost == lost
+    # A busy machine has stalls of its own, and may have lost some of them too.
+    return right and 0 <= result.lost - lost <= lost // 1000 + 1
 
 
 def main() -> int:

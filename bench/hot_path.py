@@ -1,192 +1,190 @@
-"""What each BPF program costs a run, from the kernel's own statistics.
+"""What each BPF program costs a run, from the kernel's own statistics of them.
 
-    python -m bench.hot_path [--against CHECKOUT] [--seconds S]
+    python -m bench.hot_path [--rounds N] [--seconds S] [--against CHECKOUT]
 
-Runs the daemon, and with ``--against`` the one of another checkout at the same
-time, so that both see the very same events; an empty program on each hook is
-the limit. The load is a pinned pipe ping-pong (``perf bench sched pipe``) and
-a flood of datagrams over loopback. Every pair runs twice, attached in either
-order, since the first program on a hook takes the cache misses.
+Ours and an empty program are on each hook at the same time, so that both see the very same
+events; with ``--against`` so are the programs of another checkout. Two loads, each pinned to
+one CPU: a pipe ping-pong for switches, wake-ups and ticks, and a flood of packets over veth for
+softirqs. Rounds take turns in the order of attaching, since the first program on a hook takes
+the cache misses.
 """
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import json
 import os
 import signal
-import socket
-import statistics
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from stalld.probe.btf import VMLINUX_BTF
-from stalld.probe.headers import write_tree
-from stalld.probe.loader import HOOKS, PROGRAMS, open_btf
+from bench.bpf import SETTLE_S, Programs, costs, empty, statistics_enabled
+from bench.command import run
+from bench.loads import CPU, Flood
+from bench.processes import our_programs, tool
+from bench.row import Goal, Row, differences, row, spread, unmeasured
+from stalld.probe.loader import HOOKS, PROGRAMS
 
-HERE = Path(__file__).parents[1]
-_BPF_STATS_RUN_TIME = 0
-CPU = 1
+ROUNDS, SECONDS = 8, 1.0
+GOALS = {
+    "sched_switch": Goal(5, "ns", "against"),
+    "sched_wakeup": Goal(10, "ns", "against"),
+    "hrtimer_expire_entry": Goal(20, "ns", "against"),
+}
+"""By our name of the program."""
+SOFTIRQS = ("softirq_raise", "softirq_entry", "softirq_exit")
+SOFTIRQS_GOAL = Goal(120, "ns", "against")
+MEANS = {"hrtimer_expire_entry": "tick", "lookback": "tick, the look-back's own program"}
+RARE = {"cpuhp_enter"}
+"""Programs that run only when a CPU comes or goes."""
+NOTES = {"lookback": "most ticks cost little, every fourth walks a stack; can be turned off"}
+FEWEST_RUNS = 50
+"""In a round: fewer say nothing."""
 
-Cost = dict[str, tuple[int, int]]
-"""Program → runs and ns in all."""
+Means = dict[str, dict[str, list[float]]]
+"""Program → side → ns a run, once for each round."""
 
 
-def programs() -> dict[int, dict[str, int | str]]:
-    """Every BPF program in the kernel, by id."""
-    listed = subprocess.run(
-        ["bpftool", "--json", "prog", "show"], capture_output=True, text=True, check=True
-    )
-    return {item["id"]: item for item in json.loads(listed.stdout)}
+def our_name(hook: str, name: str) -> str:
+    """What we call the program that the kernel knows by this name on this hook."""
+    for ours, function in PROGRAMS.items():
+        if HOOKS.get(ours, ours) == hook and function.startswith(name):
+            return ours
+    return f"{hook}: {name}"
 
 
-@contextmanager
-def daemon(checkout: Path) -> Iterator[dict[str, int]]:
-    """The daemon of ``checkout``, watching; yields its programs' ids by function name."""
-    before = set(programs())
+def rounds_of(
+    sides: Mapping[str, Programs], loads: Sequence[Callable[[], object]], rounds: int
+) -> list[Means]:
+    """What each load had each program cost, side by side."""
+    found: list[Means] = [defaultdict(lambda: defaultdict(list)) for _ in loads]
+    names = list(sides)
+    for number in range(rounds):
+        with ExitStack() as stack:
+            for side in reversed(names) if number % 2 else names:
+                stack.callback(sides[side].detach)
+                sides[side].attach()
+            time.sleep(SETTLE_S)
+            for load, means in zip(loads, found, strict=True):
+                for side, name, ns in _means(sides, load):
+                    means[name][side].append(ns)
+    return found
+
+
+def _means(
+    sides: Mapping[str, Programs], load: Callable[[], object]
+) -> Iterator[tuple[str, str, float]]:
+    with statistics_enabled():
+        before = costs(sides)
+        load()
+        after = costs(sides)
+    for key, cost in after.items():
+        side, hook, name = key
+        runs = cost.runs - before[key].runs
+        if runs >= FEWEST_RUNS:
+            own = hook if side == "empty" else our_name(hook, name)
+            yield side, own, (cost.ns - before[key].ns) / runs
+
+
+def pipe(seconds: float) -> None:
+    """Switches and wake-ups all the time, and a busy CPU's ticks; no softirq but theirs."""
+    command = ["taskset", "-c", str(CPU), tool("perf", "linux-perf"), "bench"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "stalld.cli", "run"],
-        cwd=checkout,
-        env={**os.environ, "PYTHONPATH": str(checkout)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    drain = threading.Thread(target=lambda: None)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the daemon of {checkout} did not start: run it by hand")
-        drain = threading.Thread(target=process.stdout.read, daemon=True)
-        drain.start()
-        now = programs()
-        yield {str(now[i]["name"]): i for i in set(now) - before}
-    finally:
-        process.terminate()
-        process.wait(10)
-        drain.join(10)
-
-
-@contextmanager
-def empty() -> Iterator[dict[str, int]]:
-    """A program that returns at once, on every hook."""
-    from bcc import BPF
-
-    hooks = sorted({HOOKS.get(name, name) for name in PROGRAMS})
-    btf = open_btf(VMLINUX_BTF)
-    if btf is None:
-        raise RuntimeError("this bench needs a kernel with BTF")
-    text = "".join(
-        f"int empty_{i}(struct bpf_raw_tracepoint_args *ctx) {{ return 0; }}\n"
-        for i in range(len(hooks))
-    )
-    before = set(programs())
-    with tempfile.TemporaryDirectory() as tree, ExitStack() as stack:
-        os.environ["BCC_KERNEL_SOURCE"] = tree
-        bpf = BPF(text=text.encode(), cflags=write_tree(Path(tree), btf))
-        lib = ctypes.CDLL("libbpf.so.1")
-        for i, hook in enumerate(hooks):
-            function = bpf.load_func(f"empty_{i}".encode(), BPF.RAW_TRACEPOINT)
-            stack.callback(os.close, lib.bpf_raw_tracepoint_open(hook.encode(), function.fd))
-        now = programs()
-        names = {f"empty_{i}": hook for i, hook in enumerate(hooks)}
-        yield {names[str(now[i]["name"])]: i for i in set(now) - before}
-        stack.close()
-        bpf.cleanup()
-
-
-@contextmanager
-def statistics_enabled() -> Iterator[None]:
-    """The kernel times every run of every program meanwhile."""
-    fd = ctypes.CDLL("libbpf.so.1").bpf_enable_stats(_BPF_STATS_RUN_TIME)
-    if fd < 0:
-        raise RuntimeError("BPF_ENABLE_STATS was refused: run as root on Linux 5.8 or later")
-    try:
-        yield
-    finally:
-        os.close(fd)
-
-
-def load(seconds: float) -> None:
-    """Context switches and packets on one CPU."""
-    end = time.monotonic() + seconds
-    pipe = subprocess.Popen(
-        ["taskset", "-c", str(CPU), "perf", "bench", "sched", "pipe", "-l", "100000000"],
+        [*command, "sched", "pipe", "-l", "100000000"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    affinity = os.sched_getaffinity(0)
     try:
-        os.sched_setaffinity(0, {CPU})
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as flood:
-            while time.monotonic() < end:
-                for _ in range(64):
-                    flood.sendto(b"x", ("127.0.0.1", 9))
-                time.sleep(0.005)
+        time.sleep(seconds)
     finally:
-        os.sched_setaffinity(0, affinity)
         # perf has a partner, which would wait for it for good.
-        os.killpg(pipe.pid, signal.SIGKILL)
-        pipe.wait()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def measure(ids: dict[str, int], seconds: float) -> Cost:
-    """Runs and time of each program under the load."""
-    before = programs()
-    with statistics_enabled():
-        load(seconds)
-        after = programs()
-
-    def grown(number: int, key: str) -> int:
-        return int(after[number].get(key, 0)) - int(before[number].get(key, 0))
-
-    return {name: (grown(i, "run_cnt"), grown(i, "run_time_ns")) for name, i in ids.items()}
+def packets(flood: Flood, seconds: float) -> None:
+    """Softirqs all the time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        flood.packet_us(10_000)
 
 
-def rounds(against: Path | None, seconds: float) -> dict[str, dict[str, list[float]]]:
-    """Program → who → ns a run, once for each round."""
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    sides = {"ours": HERE} | ({"against": against} if against else {})
-    orders = [list(sides), list(reversed(sides))] * 2
-    functions = {function: name for name, function in PROGRAMS.items()}
-    for order in orders:
-        with ExitStack() as stack:
-            ids = {who: stack.enter_context(daemon(sides[who])) for who in order}
-            ids["empty"] = stack.enter_context(empty())
-            flat = {f"{who} {name}": i for who, own in ids.items() for name, i in own.items()}
-            for key, (runs, ns) in measure(flat, seconds).items():
-                who, name = key.split(" ", 1)
-                full = next((p for f, p in functions.items() if f.startswith(name)), name)
-                if runs:
-                    found[full][who].append(ns / runs)
-    return found
+def measure(
+    rounds: int = ROUNDS, seconds: float = SECONDS, against: str | None = None
+) -> list[Row]:
+    """A row for each program, and one for the three of the softirqs together."""
+    with ExitStack() as stack:
+        sides = {"ours": stack.enter_context(our_programs())}
+        hooks = list(dict.fromkeys(p.hook for p in sides["ours"].programs if p.hook))
+        sides["empty"] = stack.enter_context(empty(hooks))
+        if against:
+            programs = our_programs(checkout=Path(against).resolve())
+            sides["theirs"] = stack.enter_context(programs)
+        flood = stack.enter_context(Flood())
+        loads = [lambda: pipe(seconds), lambda: packets(flood, seconds)]
+        by_pipe, by_flood = rounds_of(sides, loads, rounds)
+    return [*_rows(by_pipe, by_flood, against), *_softirqs(by_flood)]
 
 
-def main() -> int:
-    """Print one row a program: ns a run, medians over the rounds."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--against", type=Path, help="another checkout of this project")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of load, each round")
-    arguments = parser.parse_args()
-    found = rounds(arguments.against, arguments.seconds)
-    print(f"{'ns a run':<22} {'ours':>8} {'against':>8} {'empty':>8}")
-    for name in PROGRAMS:
-        cells = []
-        for row, who in ((name, "ours"), (name, "against"), (HOOKS.get(name, name), "empty")):
-            values = found[row][who]
-            cells.append(f"{statistics.median(values):8.1f}" if values else f"{'-':>8}")
-        print(f"{name:<22} {' '.join(cells)}")
-    return 0
+def _rows(by_pipe: Means, by_flood: Means, against: str | None) -> Iterator[Row]:
+    for name in (name for name in PROGRAMS if name not in RARE):
+        softirq = name in SOFTIRQS or name == "napi_poll"
+        means = (by_flood if softirq else by_pipe)[name]
+        full = f"a run of {MEANS.get(name, name)}"
+        goal = GOALS.get(name)
+        own, base = (
+            means["ours"],
+            (by_flood if softirq else by_pipe)[HOOKS.get(name, name)]["empty"],
+        )
+        if name in HOOKS.values():
+            # Never the first on its hook, so it is held against an empty one that is not either.
+            own, base = own[::2], base[::2]
+        if not own or len(own) != len(base):
+            yield unmeasured(full, "its hook was hardly called, or it was not attached", goal)
+            continue
+        why = NOTES.get(name, f"under the load of the {'packets' if softirq else 'pipe'}")
+        if against:
+            why += f"; {against}: {spread(means['theirs'], 'ns').text}"
+        yield row(
+            full,
+            spread(own, "ns"),
+            reference=spread(base, "ns"),
+            against=differences(own, base, "ns"),
+            goal=goal,
+            why=why,
+        )
+
+
+def _softirqs(by_flood: Means) -> Iterator[Row]:
+    name = "raise, entry and exit of a softirq together"
+    own = [by_flood[hook]["ours"] for hook in SOFTIRQS]
+    base = [by_flood[hook]["empty"] for hook in SOFTIRQS]
+    if not all(own) or len({len(values) for values in own + base}) != 1:
+        yield unmeasured(name, "one of them was not attached", SOFTIRQS_GOAL)
+        return
+    ours = [sum(values) for values in zip(*own, strict=True)]
+    empties = [sum(values) for values in zip(*base, strict=True)]
+    yield row(
+        name,
+        spread(ours, "ns"),
+        reference=spread(empties, "ns"),
+        against=differences(ours, empties, "ns"),
+        goal=SOFTIRQS_GOAL,
+        why="under the load of the packets",
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        run(
+            __doc__,
+            measure,
+            ("rounds", ROUNDS, "of all loads"),
+            ("seconds", SECONDS, "of each load in a round"),
+            ("against", None, "another checkout of this project"),
+        )
+    )

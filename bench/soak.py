@@ -3,7 +3,8 @@
     python -m bench.soak [--seconds S] [--threshold-ms N] [--events F]
 
 Runs the daemon while hackbench, dd, a flood of datagrams and stress-ng take turns and then run
-all at once. Prints each stall with what its verdict rests on; ``--events`` keeps all lines.
+all at once. Prints each stall with what its verdict rests on, and at last those whose verdict
+rests on nothing (then the status is 1); ``--events`` keeps all lines.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from stalld.track.verdict import Verdict
 from tests.kernel.daemon import Daemon, Event
 
 PHASES = 5
+_ROUNDED = 0.999
+"""Times are told in thousandths of a millisecond."""
 
 
 def start(*command: str) -> subprocess.Popen[bytes]:
@@ -101,6 +105,36 @@ def run(seconds: float, threshold_ms: float) -> tuple[list[Event], list[tuple[fl
     return daemon.events, marks
 
 
+def unsupported(event: Event, threshold_ms: float) -> str:
+    """Why a resolved stall should not have been told: what speaks against it; "" if nothing does.
+
+    Each verdict's own evidence is asked for, by the rules of docs/events.md. ``unknown`` blames
+    nobody, but something must have waited.
+    """
+    evidence, blocker = event["evidence"], event["blocker"]
+    stolen_ms, late_ms = evidence["stolen_ms"] or 0.0, evidence["late_ms"]
+    served_ms = event["handler"]["service_ms"] if event["handler"] else 0.0
+    waited_ms = [w["runnable_ms"] for w in event["waiting"]]
+    if event["ksoftirqd"]:
+        waited_ms.append(event["ksoftirqd"]["runnable_ms"])
+    starved_ms = max(event["starved"].values(), default=0.0)
+    longest_ms = max([starved_ms, late_ms, served_ms, *waited_ms])
+    if longest_ms < threshold_ms and event["duration_ms"] < threshold_ms:
+        return "nothing waited for the threshold"
+    enough_ms = max(threshold_ms, event["duration_ms"] / 2) * _ROUNDED
+    verdict = Verdict(event["verdict"])
+    proved = {
+        Verdict.VCPU_PREEMPTED: stolen_ms >= enough_ms and blocker is None,
+        Verdict.IRQS_DISABLED: late_ms - stolen_ms >= enough_ms,
+        Verdict.SOFTIRQ_HOG: served_ms >= enough_ms,
+        Verdict.SOFTIRQS_DISABLED: starved_ms >= threshold_ms * _ROUNDED and blocker is not None,
+        Verdict.STUCK_IN_KERNEL: blocker is not None and bool(event["stack"]["kernel"]),
+        Verdict.CPU_CONTENTION: max(waited_ms, default=0.0) >= threshold_ms * _ROUNDED,
+        Verdict.UNKNOWN: longest_ms >= threshold_ms * _ROUNDED,
+    }
+    return "" if proved[verdict] else f"{verdict}: its evidence does not show it"
+
+
 def describe(event: Event) -> str:
     """One stall: what was said, and what it rests on."""
     blocker, evidence = event["blocker"], event["evidence"]
@@ -142,8 +176,17 @@ def main() -> int:
             print(json.dumps(event)[:300])
     for (load_name, verdict), count in sorted(counts.items()):
         print(f"{load_name}: {verdict} {count}")
+    wrong = false_stalls(events, arguments.threshold_ms)
+    for event, why in wrong:
+        print(f"NOT SUPPORTED: {why}: {describe(event)}")
     print(f"{sum(counts.values())} stalls in {arguments.seconds:.0f} s; {events[-1]}")
-    return 0
+    return 1 if wrong else 0
+
+
+def false_stalls(events: Sequence[Event], threshold_ms: float) -> list[tuple[Event, str]]:
+    """Those that no evidence supports, and why."""
+    resolved = [e for e in events if e["event"] == "stall" and e["phase"] == "resolved"]
+    return [(event, why) for event in resolved if (why := unsupported(event, threshold_ms))]
 
 
 if __name__ == "__main__":

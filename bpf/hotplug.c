@@ -15,7 +15,7 @@ int handle_cpuhp_enter(struct bpf_raw_tracepoint_args *ctx)
 
 	if (!st || !rec)
 		return 0;
-	__builtin_memset(st->raised, 0, sizeof(st->raised));
+	forget_raises(st);
 	forget_waiters(st);
 	st->running = 0;
 	st->serving = 0;

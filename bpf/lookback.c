@@ -44,8 +44,7 @@ static __always_inline u32 tick_kind(struct cpu_state *st, struct watch_config *
 {
 #ifdef STALLD_REGISTERS
 	struct pt_regs *regs = NULL;
-	u64 segment = 0, pending = st->waiting | st->active;
-	int vec;
+	u64 segment = 0;
 
 	if (!cfg->regs_offset)
 		return TICK_STACK;
@@ -56,10 +55,7 @@ static __always_inline u32 tick_kind(struct cpu_state *st, struct watch_config *
 	bpf_probe_read_kernel(&segment, sizeof(u16), &regs->cs);
 	if (segment & 3)
 		return TICK_USER;
-#pragma unroll
-	for (vec = 0; vec < VEC_COUNT; vec++)
-		pending |= st->raised[vec];
-	if (pending || ticks % WALK_EVERY == 0)
+	if (st->waiting || st->active || any_raised(st) || ticks % WALK_EVERY == 0)
 		return TICK_STACK;
 	bpf_probe_read_kernel(address, sizeof(*address), &regs->ip);
 	return TICK_ADDRESS;

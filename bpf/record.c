@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * handle_record: the rare part of every program, called by record(). It ends
- * with a record for user space, or finds that there is nothing to tell.
+ * handle_record: the rare part of every program, called by record(). It finds
+ * that there is nothing to tell, or ends in handle_emit, which writes a record
+ * for user space; by way of handle_task (task.c), if the task is new.
  */
 
 /*
@@ -165,7 +166,7 @@ static __always_inline u32 look(struct cpu_state *st, struct watch_config *cfg, 
 	oldest = oldest_overdue(st, cfg, now);
 	if (oldest && !(u32)bpf_get_current_pid_tgid() && !st->serving) {
 		/* An idle CPU has nothing pending: the service was not seen. */
-		__builtin_memset(st->raised, 0, sizeof(st->raised));
+		forget_raises(st);
 		nobody_waits(st);
 		oldest = 0;
 	}
@@ -206,6 +207,19 @@ static __always_inline void waited(struct cpu_state *st, struct watch_config *cf
 	}
 }
 
+/* Has user space been told in this stall who this is? Of a stall that is over, one is enough. */
+static __always_inline bool is_told(struct cpu_state *st, u32 type)
+{
+	u64 told = st->told_task;
+	u32 tid = bpf_get_current_pid_tgid();
+
+	if (!tid)
+		return true;
+	if (type == RECORD_CLOSE)
+		return told >> 32 == st->seq;
+	return told == ((u64)st->seq << 32 | tid);
+}
+
 int handle_record(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
@@ -220,10 +234,8 @@ int handle_record(struct bpf_raw_tracepoint_args *ctx)
 	rec = scratch.lookup(&source);
 	if (!rec)
 		return 0;
-	/* Not before all of this is read: a tick may come and use it. */
-	st->source = rec->source;
 	if (!cfg->threshold_ns)
-		return 0;
+		goto out;
 	now = rec->time_ns;
 	served = now - st->serving_since;
 	if (source == SOURCE_TICK) {
@@ -242,7 +254,32 @@ int handle_record(struct bpf_raw_tracepoint_args *ctx)
 			/* Whoever gives way now is the last chance for a stack. */
 			type = RECORD_SAMPLE;
 	}
-	if (type)
-		emit(ctx, st, cfg, rec, type, source, now);
+	if (type && !st->muted) {
+		rec->type = type;
+		if (!is_told(st, type))
+			tails.call(ctx, TAIL_TASK);
+		tails.call(ctx, TAIL_EMIT);
+	}
+out:
+	/* Only now: a tick that comes meanwhile gives the turn back. */
+	st->source = rec->source;
+	return 0;
+}
+
+int handle_emit(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct cpu_state *st = this_cpu_state();
+	struct watch_config *cfg = watch();
+	struct stall_record *rec;
+	u32 source;
+
+	if (!st || !cfg)
+		return 0;
+	source = st->source;
+	rec = scratch.lookup(&source);
+	if (!rec)
+		return 0;
+	st->source = rec->source;
+	emit(ctx, st, cfg, rec, rec->type, source, rec->time_ns);
 	return 0;
 }

@@ -24,6 +24,7 @@
 #define VEC_HRTIMER 8
 #define VEC_RCU 9
 #define VEC_COUNT 10
+#define VEC_PENDING 16 /* two words hold a byte for each */
 #define VEC_NONE 0xffffffffU
 
 #define COMM_LEN 16
@@ -41,11 +42,25 @@
 #define NAPI_SLOTS 16
 #define BUCKET_TASKS 4
 #define CPU_ANY 0xffffffffU
+/* In timed_mask: the threshold is long enough that less than a tick is brief. */
+#define BRIEF_BIT 31
+
+/* Of who had the CPU: how much of the command line, how many names of a path, innermost first. */
+#define ARGS_LEN 256
+#define PATH_DEPTH 12
+#define NAME_LEN 128
+#define NAMES_LEN 2048
+
+/* task_record.known: what could be read. */
+#define KNOWN_ARGS 0x1
+#define KNOWN_SYSCALL 0x2
+#define KNOWN_CGROUP 0x4
 
 enum record_type {
 	RECORD_SAMPLE = 1, /* the stall goes on; this is what runs now */
 	RECORD_CLOSE = 2, /* nothing is overdue any more */
 	RECORD_HOTPLUG = 3, /* the CPU goes down or comes up: only type, source and cpu count */
+	RECORD_TASK = 4, /* struct task_record: who the next record of this CPU is about */
 };
 
 /* The hook that wrote a record: it says what the stack means. */
@@ -103,6 +118,45 @@ struct stall_record {
 	u64 kernel_stack[KERNEL_STACK_DEPTH]; /* sent only as far as filled */
 };
 
+/* Paths of a task. */
+enum task_path {
+	PATH_CGROUP = 0, /* in the unified hierarchy */
+	PATH_CONTROLLER = 1, /* that a controller has in a hierarchy of its own */
+	PATH_EXE = 2,
+	PATH_FILE = 3, /* if the first argument of the system call is a descriptor */
+	PATH_COUNT = 4,
+};
+
+/*
+ * Who a task is, once per stall and task, before its first record. Of each path
+ * the names follow each other in names, innermost first, each with its NUL.
+ */
+struct task_record {
+	u32 type;
+	u32 source;
+	u32 cpu;
+	u32 seq; /* number of the stall on this CPU */
+	u64 time_ns;
+	u64 file_inode;
+	u32 known; /* KNOWN_* */
+	u32 task_flags; /* PF_* */
+	u32 tgid;
+	u32 tid;
+	u32 uid;
+	u32 parent_pid; /* 0: not known */
+	u32 ns_pid; /* of the process in its own pid namespace; 0: that is the first, or not known */
+	u32 syscall; /* that it is in */
+	u32 args_total; /* bytes of the whole command line */
+	u32 args_bytes;
+	u32 path_names[PATH_COUNT]; /* how many; 0: the root, or not known */
+	u32 paths_cut; /* a bit for each path that has further names above */
+	u32 names_bytes;
+	char parent_comm[COMM_LEN];
+	char file_system[COMM_LEN]; /* that the file is in */
+	char args[ARGS_LEN]; /* each argument with its NUL */
+	char names[NAMES_LEN]; /* sent only as far as filled */
+};
+
 /* A watched thread that waits for a CPU, or waited in the present stall. */
 struct waiter {
 	u64 task;
@@ -116,24 +170,26 @@ struct waiter {
  * What one CPU knows about itself. Written by its own programs without locks
  * or atomics (waiters under its run queue's lock, so perhaps by another CPU),
  * read by user space through a shared mapping; user space writes only task
- * and pid of waiter KSOFTIRQD, threshold_ns and the masks. A multiple of 64 bytes, so that no two CPUs
- * share a cache line.
+ * and pid of waiter KSOFTIRQD, threshold_ns and the masks. A multiple of 64 bytes, so that
+ * no two CPUs share a cache line.
  */
 struct cpu_state {
 	u32 waiting; /* a bit per waiter */
 	u32 active; /* a stall goes on */
 	u64 running; /* the watched thread that has the CPU; 0: none has */
-	u32 running_pid;
 	u32 serving; /* vector in service plus 1; 0: none */
+	u32 timed_mask; /* vectors whose raises are timed, and BRIEF */
 	u64 serving_since;
-	u64 threshold_ns; /* as in watch_config: here for the hot path, 0: record nothing */
-	u32 vec_mask;
-	u32 timed_mask; /* vectors whose raises are timed */
-	u64 net_rx_runs;
-	u64 net_rx_ns;
+	/* Which of raised are not 0. Bytes: interrupts may come between a load and a store. */
+	u8 pending[VEC_PENDING];
+	u64 raise_jiffies; /* of the last raise that was timed, */
+	u64 jiffy_ns; /* and when the first in that jiffy was */
 	/* So far the first cache line; the next holds what a raise and its service touch. */
 	u64 raised[VEC_COUNT]; /* oldest raise not served yet; 0: none */
+	u64 threshold_ns; /* as in watch_config, for the rare part; 0: record nothing */
 	u64 net_rx_since;
+	u64 net_rx_runs;
+	u64 net_rx_ns;
 	u64 net_rx_max_ns;
 	u64 napi_polls; /* that found no slot, and those of slots given away */
 	u64 napi_packets;
@@ -174,8 +230,10 @@ struct cpu_state {
 	u32 napi_ifindex;
 	u32 napi_work;
 	u32 napi_budget;
+	u32 running_pid;
+	u32 vec_mask;
 	char napi_name[COMM_LEN];
-	u64 reserved[5];
+	u64 told_task; /* seq << 32 | tid of the task that a task_record was last written of */
 };
 
 /* One element, written by user space. threshold_ns 0: record nothing. */

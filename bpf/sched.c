@@ -173,7 +173,8 @@ int handle_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
 
-	if (st && (st->waiting | st->active | st->running))
+	/* waiting and active, with one load. */
+	if (st && (*(u64 *)&st->waiting | st->running))
 		tails.call(ctx, TAIL_SWITCH);
 	return 0;
 }

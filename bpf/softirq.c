@@ -11,12 +11,20 @@ int handle_softirq_raise(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
 	u32 vec = ctx->args[0];
+	u64 now, jiffies;
 
 	if (!st || vec >= VEC_COUNT)
 		return 0;
 	if (st->raised[vec] || !(st->timed_mask >> vec & 1))
 		return 0;
-	st->raised[vec] = bpf_ktime_get_ns();
+	now = bpf_ktime_get_ns();
+	jiffies = bpf_jiffies64();
+	if (st->raise_jiffies != jiffies) {
+		st->raise_jiffies = jiffies;
+		st->jiffy_ns = now;
+	}
+	st->raised[vec] = now;
+	st->pending[vec] = 1;
 	return 0;
 }
 
@@ -28,19 +36,35 @@ static __always_inline void net_rx_left(struct cpu_state *st, u64 took)
 		st->net_rx_max_ns = took;
 }
 
+/*
+ * When a handler begins. Nearly always it was raised in this very jiffy, just
+ * now: then that time will do, which is known, and the clock is not read again.
+ * Jiffies stand still while the CPU that counts them is stuck, but then the
+ * tick here finds what waits, and what has been found is timed exactly.
+ */
+static __always_inline u64 entry_time(struct cpu_state *st, u64 raised)
+{
+	if (raised >= st->jiffy_ns && st->raise_jiffies == bpf_jiffies64() && !st->active &&
+	    st->timed_mask >> BRIEF_BIT)
+		return raised;
+	return bpf_ktime_get_ns();
+}
+
 int handle_softirq_entry(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
 	struct waiter *ksoftirqd;
 	u32 vec = ctx->args[0];
-	u64 now, wait;
+	u64 now, wait, raised;
 
 	if (!st || vec >= VEC_COUNT)
 		return 0;
-	now = bpf_ktime_get_ns();
-	wait = age(st->raised[vec], now);
+	raised = st->raised[vec];
+	now = entry_time(st, raised);
+	wait = age(raised, now);
 	/* A raise from an interrupt up to here is served by this very run. */
 	st->raised[vec] = 0;
+	st->pending[vec] = 0;
 	st->serving_since = now;
 	st->serving = vec + 1;
 	ksoftirqd = &st->waiters[KSOFTIRQD];

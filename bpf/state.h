@@ -20,12 +20,15 @@ BPF_F_TABLE("array", u32, struct tick_sample, rings, NR_CPUS * LOOKBACK_RINGS * 
 BPF_F_TABLE("array", u32, struct napi_slot, napis, NR_CPUS *NAPI_SLOTS, BPF_F_MMAPABLE);
 /* One slot per source: a tick may interrupt softirq_entry's record. */
 BPF_PERCPU_ARRAY(scratch, struct stall_record, SOURCE_COUNT);
+BPF_PERCPU_ARRAY(task_scratch, struct task_record, SOURCE_COUNT);
 BPF_PERF_OUTPUT(events);
 /* All that is rare, so that the rest stays short: filled by stalld/probe/loader.py. */
 #define TAIL_RECORD 0
 #define TAIL_WAKEUP 1
 #define TAIL_SWITCH 2
-BPF_PROG_ARRAY(tails, 3);
+#define TAIL_EMIT 3
+#define TAIL_TASK 4
+BPF_PROG_ARRAY(tails, 5);
 
 static __always_inline struct cpu_state *this_cpu_state(void)
 {
@@ -68,6 +71,20 @@ static __always_inline u64 age(u64 since, u64 now)
 
 	opaque(known);
 	return at_least_zero(now - since) & -known;
+}
+
+/* Is any vector pending that is timed? */
+static __always_inline u64 any_raised(struct cpu_state *st)
+{
+	u64 *words = (u64 *)st->pending;
+
+	return words[0] | words[1];
+}
+
+static __always_inline void forget_raises(struct cpu_state *st)
+{
+	__builtin_memset(st->raised, 0, sizeof(st->raised));
+	__builtin_memset(st->pending, 0, sizeof(st->pending));
 }
 
 static __always_inline u64 service_age(struct cpu_state *st, u64 now)

@@ -8,15 +8,11 @@ int handle_hrtimer_expire(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
 	u64 now, pending;
-	int vec;
 
 	if (!st)
 		return 0;
 	/* active: whatever is overdue no more is closed at the tick at the latest. */
-	pending = st->waiting | st->active | st->serving;
-#pragma unroll
-	for (vec = 0; vec < VEC_COUNT; vec++)
-		pending |= st->raised[vec];
+	pending = *(u64 *)&st->waiting | st->serving | any_raised(st);
 	if (!pending || !st->threshold_ns)
 		return 0;
 	now = bpf_ktime_get_ns();

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from stalld import __version__, events
 from stalld.config import Settings
+from stalld.enrich.asking import Asking, Unknown
 from stalld.pipeline import Pipeline
 from stalld.probe.protocol import Description
 from stalld.rings import Rings
@@ -77,6 +78,7 @@ def started(
 
 def stopped(
     pipeline: Pipeline,
+    asking: Asking,
     maps: Maps,
     rings: Rings,
     uptime_ns: int,
@@ -105,5 +107,9 @@ def stopped(
         "napi": events.napi(rings.napi_totals()),
         "serves_inline": maps.serves_inline(),
         "faults": [{"reason": reason, "count": count} for reason, count in sorted(faults.items())],
+        "enrichment": {
+            **{reason.value: asking.counts[reason] for reason in Unknown},
+            "longest_wait_ms": events.milliseconds(round(asking.longest_wait_s * 1e9)),
+        },
         "sinks": sinks,
     }

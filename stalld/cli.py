@@ -196,6 +196,10 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 def _run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     # Imported here: `check` and usage errors need none of it.
+    from stalld.probe.client import load_probes
+
+    # It compiles while the rest is imported.
+    child = load_probes("auto" if settings.config.detect.nmi_sampler else "never")
     import uvloop
 
     from stalld.log import open_log
@@ -206,7 +210,7 @@ def _run(arguments: argparse.Namespace) -> int:
     log = open_log(sys.stderr)
 
     async def detect() -> None:
-        await Service(settings, lambda: _settings(arguments), stdout_fd, log).run()
+        await Service(child, settings, lambda: _settings(arguments), stdout_fd, log).run()
 
     uvloop.run(detect())
     return 0

@@ -32,9 +32,11 @@ class Counters:
         """CPU and number of the records that the perf buffers had no room for."""
         found = []
         for cpu, state in enumerate(self._maps.cpus):
-            count = (state.lost - self._lost.get(cpu, 0)) & _U32
+            # Read once: the kernel goes on counting.
+            lost = int(state.lost)
+            count = (lost - self._lost.get(cpu, 0)) & _U32
             if count:
-                self._lost[cpu] = state.lost
+                self._lost[cpu] = lost
                 found.append((cpu, count))
         return found
 
@@ -43,13 +45,14 @@ class Counters:
         found = []
         for cpu, state in enumerate(self._maps.cpus):
             told = self._muted.get(cpu, (0, 0))
-            count = (state.suppressed - told[0]) & _U32
+            # The sum first: what ends in between is told in whole the next time.
+            total_ns, stalls = int(state.suppressed_ns), int(state.suppressed)
+            count = (stalls - told[0]) & _U32
             if count:
-                total_ns = state.suppressed_ns
                 found.append(
                     Muted(cpu, count, total_ns - told[1], self._looked_ns, _end(state, now_ns))
                 )
-                self._muted[cpu] = (state.suppressed, total_ns)
+                self._muted[cpu] = (stalls, total_ns)
         self._looked_ns = now_ns
         return found
 

@@ -7,16 +7,22 @@ from collections.abc import Iterator
 
 from stalld.errors import DecodeError
 from stalld.records import (
+    ARGS_LEN,
     COMM_LEN,
     KERNEL_STACK_DEPTH,
     LOOKBACK_DEPTH,
+    NAMES_LEN,
+    PATH_COUNT,
     USER_STACK_DEPTH,
     VECTORS,
     WAITERS,
+    Known,
+    NamePath,
     RecordType,
     Source,
     StallRecord,
     TaskEntry,
+    TaskRecord,
     TickKind,
     TickSample,
 )
@@ -32,12 +38,20 @@ _AFTER_WAITERS = _WAITER_PID + WAITERS
 # The device's name, the two stack sizes and the task's name, before the user stack.
 _NAPI_NAME = _AFTER_WAITERS + 20
 _USER_STACK = _NAPI_NAME + 4
+# struct task_record up to its names, which are sent only as far as filled.
+WHO = struct.Struct(f"=4I2Q10I{PATH_COUNT}I2I{COMM_LEN}s{COMM_LEN}s{ARGS_LEN}s")
+_TYPE = struct.Struct("=I")
 TASK = struct.Struct(f"=QIIII{COMM_LEN}s")
 TICK = struct.Struct(f"=3Q14I{COMM_LEN}s{LOOKBACK_DEPTH}Q")
 
 
+def is_task(data: bytes) -> bool:
+    """Whether a perf-buffer record is one for :func:`decode_who`."""
+    return len(data) >= _TYPE.size and _TYPE.unpack_from(data)[0] == RecordType.TASK
+
+
 def decode(data: bytes | memoryview) -> StallRecord:
-    """Decode one perf-buffer record.
+    """Decode one perf-buffer record about a stall.
 
     Args:
         data: the raw record; the perf buffer may have padded its end.
@@ -65,6 +79,8 @@ def decode(data: bytes | memoryview) -> StallRecord:
         record_type, source = RecordType(head[0]), Source(head[1])
     except ValueError as error:
         raise DecodeError(f"unknown record: {error}") from None
+    if record_type is RecordType.TASK:
+        raise DecodeError("a task is not a stall")
     return StallRecord._make(
         (
             record_type,
@@ -78,6 +94,48 @@ def decode(data: bytes | memoryview) -> StallRecord:
             comm.split(b"\0", 1)[0],
             struct.unpack_from(f"={kernel_bytes // 8}Q", data, HEAD.size),
             head[_USER_STACK : _USER_STACK + user_bytes // 8],
+        )
+    )
+
+
+def decode_who(data: bytes) -> TaskRecord:
+    """Decode one perf-buffer record about a task.
+
+    Raises:
+        DecodeError: too short, or with a source or sizes that ``bpf/records.h`` does not know.
+    """
+    if len(data) < WHO.size:
+        raise DecodeError(f"task of {len(data)} bytes is shorter than its head ({WHO.size})")
+    head = WHO.unpack_from(data)
+    *numbers, args_bytes = head[2:16]
+    counts, (cut, names_bytes) = head[16 : 16 + PATH_COUNT], head[16 + PATH_COUNT : 18 + PATH_COUNT]
+    parent_comm, file_system, args = head[18 + PATH_COUNT :]
+    names = data[WHO.size : WHO.size + names_bytes]
+    if len(names) != names_bytes or names_bytes > NAMES_LEN or args_bytes > ARGS_LEN:
+        raise DecodeError(f"impossible sizes of {args_bytes} and {names_bytes} bytes in a task")
+    found = names.split(b"\0")
+    if sum(counts) > len(found) - 1:
+        raise DecodeError(f"impossible numbers of names in a task: {counts} in {names_bytes} bytes")
+    paths = []
+    for number, count in enumerate(counts):
+        paths.append(NamePath(tuple(found[:count]), bool(cut >> number & 1)))
+        del found[:count]
+    try:
+        source = Source(head[1])
+    except ValueError as error:
+        raise DecodeError(f"unknown record: {error}") from None
+    *first, known, flags, tgid, tid, uid, parent, ns_pid, syscall, total = numbers
+    return TaskRecord._make(
+        (
+            RecordType.TASK,
+            source,
+            *first,
+            Known(known & 0x7),
+            *(flags, tgid, tid, uid, parent, ns_pid, syscall, total),
+            parent_comm.split(b"\0", 1)[0],
+            file_system.split(b"\0", 1)[0],
+            args[:args_bytes],
+            *paths,
         )
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from stalld import bookends, events
 from stalld.config import Settings
 from stalld.counters import Counters
+from stalld.enrich.asking import Asking
 from stalld.enrich.kallsyms import Kallsyms
 from stalld.enrich.ksymbols import KsymbolFeed
 from stalld.enrich.nic import Inventory
@@ -90,11 +91,13 @@ class Detector:
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
         self.instance = f"{boot_id}-{started_ns:x}"
         """Unlike any other run's, across boots."""
+        self._asking = Asking()
         self.pipeline = Pipeline(
             Tracker(settings.threshold_ns, tick_ns(), host),
             Folder(config.storm.identical_per_minute, settings.threshold_ns),
             self.symbols,
             emitter,
+            self._asking,
             names=self.watched.names,
             id_prefix=self.instance,
             sampler="tick" if "link:hrtimer_expire_entry" in fds else "none",
@@ -103,6 +106,10 @@ class Detector:
             on_hotplug=on_hotplug,
             inventory=inventory,
         )
+
+    def close(self) -> None:
+        """End its thread."""
+        self._asking.close()
 
     def start(self, missing: list[events.Event], sinks: list[str]) -> None:
         """Have the kernel detect, and say so.
@@ -175,5 +182,7 @@ class Detector:
         self.report()
         self.pipeline.finish()
         uptime_ns = time.monotonic_ns() - self._started_ns
-        fields = bookends.stopped(self.pipeline, self.maps, self.rings, uptime_ns, sinks(), faults)
+        fields = bookends.stopped(
+            self.pipeline, self._asking, self.maps, self.rings, uptime_ns, sinks(), faults
+        )
         self._emitter.emit("stopped", "info", fields)

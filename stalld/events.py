@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from stalld.enrich.identity import Identity
 from stalld.enrich.nic import Inventory
 from stalld.enrich.nic_hints import Facts, hints, joined
 from stalld.records import VECTORS
@@ -68,6 +69,7 @@ def stall(
     boot_wall_ns: int,
     sampler: str,
     names: Mapping[int, bytes],
+    identity: Identity,
     inventory: Inventory | None = None,
 ) -> Event:
     """The ``stall`` event.
@@ -78,6 +80,7 @@ def stall(
         boot_wall_ns: wall-clock time of CLOCK_MONOTONIC zero.
         sampler: what takes the samples: ``tick`` or ``none``.
         names: pid → name of the watched threads.
+        identity: of the blocker.
         inventory: which queues the CPUs serve; None: not known.
     """
     return {
@@ -99,7 +102,7 @@ def stall(
             for pid, wait in update.waiting.items()
         ],
         "handler": _handler(update.handler),
-        "blocker": _blocker(update.blocker),
+        "blocker": _blocker(update.blocker, identity),
         "stack": {
             "kernel": list(update.kernel_stack),
             "user": [f"{address:#x}" for address in update.user_stack],
@@ -218,24 +221,32 @@ def napi(polled: Napi) -> list[Event]:
     ]
 
 
-def _blocker(blocker: Blocker | None) -> Event | None:
+def _blocker(blocker: Blocker | None, identity: Identity) -> Event | None:
     if blocker is None:
         return None
     # The kernel's scale: a deadline task has -1, real time 0 to 98, the rest 100 + nice + 20.
     prio = blocker.prio if blocker.prio < 1 << 31 else -1
+    parent, place = identity.parent, identity.place
     return {
         "pid": blocker.tgid,
         "tid": blocker.tid,
         "comm": text(blocker.comm),
-        "cmdline": None,
+        "cmdline": identity.cmdline,
+        "exe": identity.exe,
+        "uid": identity.uid,
+        "parent": {"pid": parent[0], "comm": parent[1]} if parent else None,
+        "ns_pid": identity.ns_pid,
         "mode": blocker.mode,
         "policy": _POLICIES.get(blocker.policy),
         "rt_priority": 99 - prio if 0 <= prio < 99 else None,
         "nice": prio - 120 if 100 <= prio < 140 else None,
-        "cgroup": None,
-        "unit": None,
-        "container_id": None,
-        "pod_uid": None,
+        "syscall": identity.syscall,
+        "file": identity.file,
+        "cgroup": place.path,
+        "unit": place.unit,
+        "runtime": place.runtime,
+        "container_id": place.container_id,
+        "pod_uid": place.pod_uid,
     }
 
 

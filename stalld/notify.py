@@ -9,20 +9,12 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 
-_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+MANAGERS_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+"""What of the environment concerns only this process, and none that it starts."""
 _STATUS_CHARACTERS = 400
 """systemd takes at most 4096 bytes in a datagram, and a character may have four."""
-
-
-def scrub(environ: MutableMapping[str, str]) -> None:
-    """Take away what concerns only this process; call it before any child is started.
-
-    Not done by :meth:`Notifier.from_environment`, which only reads.
-    """
-    for name in _VARIABLES:
-        environ.pop(name, None)
 
 
 def watchdog_period_s(environ: Mapping[str, str], pid: int) -> float | None:
@@ -70,7 +62,7 @@ class Notifier:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str], pid: int) -> Notifier:
-        """As the manager's variables say; ``pid`` is ours. See also :func:`scrub`."""
+        """As the manager's variables say; ``pid`` is ours."""
         address = environ.get("NOTIFY_SOCKET", "")
         return cls(address, watchdog_period_s(environ, pid) if address else None)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from stalld import events
-from stalld.decode import decode
+from stalld.decode import decode, decode_who, is_task
+from stalld.enrich.asking import Asking, Question
+from stalld.enrich.identity import Asked, Identity, identify, lacks
 from stalld.enrich.nic import Inventory
 from stalld.enrich.stack import Kind, below
 from stalld.enrich.symbols import SymbolTable
@@ -32,6 +34,7 @@ class Pipeline:
     """Joins decoder, symbols, tracker, folder and sink; counts what came through.
 
     Args:
+        asking: asks /proc what the kernel's records do not tell of a task.
         names: pid → name of the watched threads, kept current by the caller.
         id_prefix: makes stall ids unique across daemons and boots.
         sampler: what takes the samples: ``tick`` or ``none``.
@@ -47,6 +50,7 @@ class Pipeline:
         folder: Folder,
         symbols: SymbolTable,
         emitter: Emitter,
+        asking: Asking,
         *,
         names: Mapping[int, bytes],
         id_prefix: str,
@@ -68,6 +72,7 @@ class Pipeline:
         """The last stall, in a few words."""
         self._names = names
         self._emitter = emitter
+        self._asking = asking
         self._id_prefix = id_prefix
         self._sampler = sampler
         self._clocks_ns = clocks_ns
@@ -84,6 +89,9 @@ class Pipeline:
     def take(self, data: bytes) -> None:
         """Take one raw record in; emit what it brings about."""
         try:
+            if is_task(data):
+                self.tracker.take_task(decode_who(data))
+                return
             record = decode(data)
         except DecodeError as error:
             self.undecodable += 1
@@ -156,8 +164,21 @@ class Pipeline:
                 sampler=self._sampler,
                 names=self._names,
                 inventory=self._inventory(),
+                identity=self._identity(line),
             )
             self._emitter.emit("stall", events.stall_level(line, self.tracker.threshold_ns), event)
+
+    def _identity(self, update: Update) -> Identity:
+        blocker = update.blocker
+        if blocker is None or not blocker.tid:
+            return Identity()
+        asked = Asked()
+        if lacks(update.task):
+            question = Question(
+                update.cpu, update.seq, blocker.tgid, blocker.tid, blocker.comm, blocker.cgroup_id
+            )
+            asked = self._asking.answer(question).asked
+        return identify(update.task, asked, update.kernel_stack, blocker.mode)
 
     def _stall_id(self, cpu: int, seq: int) -> str:
         return f"{self._id_prefix}-{cpu}-{seq}"

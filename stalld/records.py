@@ -26,6 +26,7 @@ VECTORS = (
 """Softirq names by number, as in ``/proc/softirqs`` and ``include/linux/interrupt.h``."""
 
 VEC_NONE = 0xFFFFFFFF
+VEC_PENDING = 16
 COMM_LEN = 16
 KERNEL_STACK_DEPTH = 127
 USER_STACK_DEPTH = 27
@@ -38,6 +39,12 @@ KSOFTIRQD = 0
 NAPI_SLOTS = 16
 BUCKET_TASKS = 4
 CPU_ANY = 0xFFFFFFFF
+BRIEF_BIT = 31
+ARGS_LEN = 256
+PATH_DEPTH = 12
+NAME_LEN = 128
+NAMES_LEN = 2048
+PATH_COUNT = 4
 PF_KTHREAD = 0x00200000
 PF_NO_SETAFFINITY = 0x04000000
 
@@ -48,6 +55,7 @@ class RecordType(enum.IntEnum):
     SAMPLE = 1
     CLOSE = 2
     HOTPLUG = 3
+    TASK = 4
 
 
 class Source(enum.IntEnum):
@@ -115,6 +123,55 @@ class StallRecord(NamedTuple):
     comm: bytes
     kernel_stack: tuple[int, ...]
     user_stack: tuple[int, ...]
+
+
+class Known(enum.IntFlag):
+    """What of a task could be read."""
+
+    ARGS = 0x1
+    SYSCALL = 0x2
+    CGROUP = 0x4
+
+
+class NamePath(NamedTuple):
+    """Names from a path's end upwards; ``cut``: there are more above these."""
+
+    names: tuple[bytes, ...]
+    cut: bool
+
+
+class TaskRecord(NamedTuple):
+    """One ``struct task_record``: who a task is, once per stall and task.
+
+    ``args``: the first of the ``args_total`` bytes of its command line. ``cgroup``: its path in
+    the unified hierarchy, ``controller`` in that of the memory (or cpu) controller, where that
+    is another one. ``file``: what the first argument of the system call would be, if that is a
+    descriptor, in a file system of the kind ``file_system``. ``ns_pid``: of the process in its
+    pid namespace, 0 in the first one.
+    """
+
+    type: RecordType
+    source: Source
+    cpu: int
+    seq: int
+    time_ns: int
+    file_inode: int
+    known: Known
+    task_flags: int
+    tgid: int
+    tid: int
+    uid: int
+    parent_pid: int
+    ns_pid: int
+    syscall: int
+    args_total: int
+    parent_comm: bytes
+    file_system: bytes
+    args: bytes
+    cgroup: NamePath
+    controller: NamePath
+    exe: NamePath
+    file: NamePath
 
 
 class TaskEntry(NamedTuple):

@@ -55,13 +55,14 @@ BACKLOG = b"backlog"
 
 
 class Ticks(Sequence[TickSample]):
-    """A copy of a CPU's rings, oldest first; each sample is decoded when it is asked for."""
+    """A copy of a CPU's rings, oldest first; a sample is decoded when it is first asked for."""
 
     def __init__(self, rings: bytes) -> None:
         self._rings = rings
         times = zip(_TIMES.unpack(rings), range(0, _RINGS_BYTES, TICK.size), strict=True)
         # A sample's time is 0 while it is written, and where there never was one.
         self._places = [at for time_ns, at in sorted(times) if time_ns]
+        self._decoded: dict[int, TickSample] = {}
 
     def __len__(self) -> int:
         return len(self._places)
@@ -76,7 +77,10 @@ class Ticks(Sequence[TickSample]):
         return self._decode(self._places[index])
 
     def _decode(self, at: int) -> TickSample:
-        return decode_tick(self._rings[at : at + TICK.size])
+        known = self._decoded.get(at)
+        if known is None:
+            known = self._decoded[at] = decode_tick(self._rings[at : at + TICK.size])
+        return known
 
 
 class Rings:

@@ -15,16 +15,17 @@ from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
-from stalld import __version__, degraded, events, liveness, notify
+from stalld import __version__, degraded, events, liveness
 from stalld.config import Settings
 from stalld.detector import Detector, clocks_ns
 from stalld.enrich.kallsyms import Kallsyms
 from stalld.enrich.ksymbols import KsymbolError, KsymbolFeed
 from stalld.errors import ConfigError, DecodeError, ProbeError, StalldError
 from stalld.netwatch import NetWatch
+from stalld.notify import Notifier
 from stalld.output import Output
 from stalld.perf import NMI_HZ, NmiSampler, SamplerError
-from stalld.probe.client import ProbeChild, Probes, load_probes
+from stalld.probe.client import ProbeChild, Probes
 from stalld.probe.protocol import NMI_SAMPLER, NO_NMI
 from stalld.reader import PerfReader, online_cpus
 from stalld.upkeep import Upkeep, load_kallsyms, return_memory
@@ -39,6 +40,7 @@ class Service:
     """Detects until a signal, the end of its time or a fault stops it.
 
     Args:
+        child: compiles already.
         settings: to begin with.
         read_settings: reads them anew; raises ConfigError.
         stdout_fd: where events go that are for standard output; -1: it is closed.
@@ -47,11 +49,13 @@ class Service:
 
     def __init__(
         self,
+        child: ProbeChild,
         settings: Settings,
         read_settings: Callable[[], Settings],
         stdout_fd: int,
         log: FilteringBoundLogger,
     ) -> None:
+        self._child = child
         self._settings = settings
         self._read_settings = read_settings
         self._stdout_fd = stdout_fd
@@ -71,9 +75,7 @@ class Service:
         Raises:
             StalldError: it cannot start or go on; the message says why.
         """
-        # The probe child is not to speak for us.
-        self._notifier = notify.Notifier.from_environment(os.environ, os.getpid())
-        notify.scrub(os.environ)
+        self._notifier = Notifier.from_environment(os.environ, os.getpid())
         self._listen_to_signals()
         with self._resources:
             self._resources.callback(self._notifier.close)
@@ -99,13 +101,14 @@ class Service:
         # Some descriptors for each CPU: more than 1024 on a large machine.
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        # Before the child: what it loads is announced too.
+        # While the child compiles, so that what it loads then is announced; the symbols are read
+        # meanwhile too.
         self._feed = self._open_feed()
-        child = load_probes("auto" if self._settings.config.detect.nmi_sampler else "never")
-        # The kernel's symbols are read while the child compiles.
-        loading = asyncio.gather(asyncio.to_thread(child.result), asyncio.to_thread(load_kallsyms))
+        loading = asyncio.gather(
+            asyncio.to_thread(self._child.result), asyncio.to_thread(load_kallsyms)
+        )
         if await self._stops_before(loading):
-            await self._abandon(child, loading)
+            await self._abandon(loading)
             return None
         probes, kallsyms = await loading
         self._resources.callback(probes.close)
@@ -118,10 +121,8 @@ class Service:
         stopped.cancel()
         return not work.done()
 
-    async def _abandon(
-        self, child: ProbeChild, loading: asyncio.Future[tuple[Probes, Kallsyms]]
-    ) -> None:
-        child.kill()
+    async def _abandon(self, loading: asyncio.Future[tuple[Probes, Kallsyms]]) -> None:
+        self._child.kill()
         with suppress(ProbeError):  # It is not there while it compiles.
             (await loading)[0].close()
 
@@ -171,6 +172,7 @@ class Service:
             on_hotplug=lambda cpu: self._upkeep.hotplugged.add(cpu),
             inventory=netwatch.lookup,
         )
+        self._resources.callback(self._detector.close)
         reader = PerfReader(probes.fds["map:events"], self._detector.pipeline.take, lock=self._lock)
         self._reader = reader
         self._resources.callback(reader.close)

@@ -12,7 +12,7 @@ import mmap
 from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
 
-from stalld.records import COMM_LEN, LOOKBACK_RINGS, VECTORS, WAITERS
+from stalld.records import BRIEF_BIT, COMM_LEN, LOOKBACK_RINGS, VEC_PENDING, VECTORS, WAITERS
 
 TIMED_ALWAYS = sum(1 << VECTORS.index(name) for name in ("HI", "TASKLET"))
 
@@ -38,16 +38,17 @@ class CpuState(ctypes.Structure):
         ("waiting", ctypes.c_uint32),
         ("active", ctypes.c_uint32),
         ("running", ctypes.c_uint64),
-        ("running_pid", ctypes.c_uint32),
         ("serving", ctypes.c_uint32),
-        ("serving_since", ctypes.c_uint64),
-        ("threshold_ns", ctypes.c_uint64),
-        ("vec_mask", ctypes.c_uint32),
         ("timed_mask", ctypes.c_uint32),
+        ("serving_since", ctypes.c_uint64),
+        ("pending", ctypes.c_uint8 * VEC_PENDING),
+        ("raise_jiffies", ctypes.c_uint64),
+        ("jiffy_ns", ctypes.c_uint64),
+        ("raised", ctypes.c_uint64 * len(VECTORS)),
+        ("threshold_ns", ctypes.c_uint64),
+        ("net_rx_since", ctypes.c_uint64),
         ("net_rx_runs", ctypes.c_uint64),
         ("net_rx_ns", ctypes.c_uint64),
-        ("raised", ctypes.c_uint64 * len(VECTORS)),
-        ("net_rx_since", ctypes.c_uint64),
         ("net_rx_max_ns", ctypes.c_uint64),
         ("napi_polls", ctypes.c_uint64),
         ("napi_packets", ctypes.c_uint64),
@@ -88,8 +89,10 @@ class CpuState(ctypes.Structure):
         ("napi_ifindex", ctypes.c_uint32),
         ("napi_work", ctypes.c_uint32),
         ("napi_budget", ctypes.c_uint32),
+        ("running_pid", ctypes.c_uint32),
+        ("vec_mask", ctypes.c_uint32),
         ("napi_name", ctypes.c_char * COMM_LEN),
-        ("reserved", ctypes.c_uint64 * 5),
+        ("told_task", ctypes.c_uint64),
     )
 
 
@@ -166,10 +169,11 @@ class Maps:
                 setattr(self.config, name, value)
             else:
                 known[:] = value
+        brief = (threshold_ns >= 2 * self.config.tick_ns) << BRIEF_BIT
         for state in self.cpus:
             state.vec_mask = self.config.vec_mask
             # Those served at once by any kernel tell how it serves the others.
-            state.timed_mask = self.config.vec_mask | TIMED_ALWAYS
+            state.timed_mask = self.config.vec_mask | TIMED_ALWAYS | brief
             state.threshold_ns = threshold_ns
         self.config.threshold_ns = threshold_ns
 

@@ -21,6 +21,7 @@ _FUNC_PROTO, _VAR, _DATASEC = 13, 14, 15
 # volatile, const, restrict, type tag: they change nothing about the layout.
 _MODIFIERS = {_TYPEDEF, 9, 10, 11, 18}
 _ENTRY = struct.Struct("=III")
+_ENUMERATOR = struct.Struct("=Ii")
 
 
 class _Type(NamedTuple):
@@ -63,6 +64,7 @@ class Btf:
             ctypes.c_uint32,
         ]
         self.path = path
+        self._known: dict[int, dict[str, list[int]]] = {}
         self._btf = self._lib.btf__parse(path.encode(), None)
         if not self._btf:
             raise MissingAbilityError(
@@ -98,7 +100,9 @@ class Btf:
     def field(self, struct_name: str, *names: str) -> Field:
         """The first of ``names`` that is a member of ``struct_name``.
 
-        Members of anonymous structs and unions count as the struct's own.
+        Members of anonymous structs and unions count as the struct's own. ``a.b`` is a
+        member's member, called ``a_b`` in what is returned. A struct, or an array of them,
+        is declared as bytes: it has an address, and that is all.
 
         Raises:
             MissingAbilityError: no such struct or field; it is named.
@@ -106,19 +110,29 @@ class Btf:
         type_id = self.find(struct_name, _STRUCT)
         if type_id is None:
             raise MissingAbilityError(f"{self.path} has no struct {struct_name}")
-        members = {name: rest for name, *rest in self._members(type_id, 0)}
         for name in names:
-            if name not in members:
+            found = self._member(type_id, name)
+            if found is None:
                 continue
-            member, bits, width = members[name]
+            member, bits, width = found
             if width or bits % 8:
                 raise MissingAbilityError(f"{struct_name}.{name} is a bit-field in {self.path}")
             size, declaration = self._declare(member)
-            return Field(name, bits // 8, size, declaration)
+            return Field(name.replace(".", "_"), bits // 8, size, declaration)
         raise MissingAbilityError(
             f"{self.path} has no field {struct_name}.{' or '.join(names)}: "
             "this kernel is not supported, please report it with its version"
         )
+
+    def enumerator(self, enum_name: str, name: str) -> int | None:
+        """The value of one name of an enum, or None."""
+        type_id = self.find(enum_name, _ENUM)
+        if type_id is None:
+            return None
+        whole = self._type(type_id)
+        raw = ctypes.string_at(whole.address, whole.vlen * _ENUMERATOR.size)
+        found = (value for at, value in _ENUMERATOR.iter_unpack(raw) if self._name(at) == name)
+        return next(found, None)
 
     def percpu_offset(self, variable: str, *members: str) -> int | None:
         """Where a member of a per-CPU variable lies in a CPU's area, in bytes.
@@ -135,14 +149,28 @@ class Btf:
         offset = next(
             (at for found, at, _ in _ENTRY.iter_unpack(raw) if found == variable_id), None
         )
-        type_id = self._type(variable_id).size_or_type
+        inside = self._inside(self._type(variable_id).size_or_type, *members)
+        return None if offset is None or inside is None else offset + inside
+
+    @property
+    def lists_percpu_variables(self) -> bool:
+        """Whether :meth:`percpu_offset` can find any."""
+        return self.find(".data..percpu", _DATASEC) is not None
+
+    def member_offset(self, struct_name: str, *members: str) -> int | None:
+        """Where a member of a member of a struct lies in it, in bytes; None: there is none."""
+        type_id = self.find(struct_name, _STRUCT)
+        return None if type_id is None else self._inside(type_id, *members)
+
+    def _inside(self, type_id: int, *members: str) -> int | None:
+        offset = 0
         for name in members:
             while self._type(type_id).kind in _MODIFIERS:
                 type_id = self._type(type_id).size_or_type
             if self._type(type_id).kind not in (_STRUCT, _UNION):
                 return None
             found = {name: rest for name, *rest in self._members(type_id, 0)}
-            if name not in found or offset is None:
+            if name not in found:
                 return None
             type_id, bits, _ = found[name]
             offset += bits // 8
@@ -177,6 +205,26 @@ class Btf:
             elif self._type(member).kind in (_STRUCT, _UNION):
                 yield from self._members(member, bits)
 
+    def _member(self, type_id: int, path: str) -> tuple[int, int, int] | None:
+        """Type id, bit offset and bit-field width of a member, or a member's member."""
+        base = 0
+        found = None
+        for name in path.split("."):
+            if found is not None:
+                type_id, base, _ = found
+                while self._type(type_id).kind in _MODIFIERS:
+                    type_id = self._type(type_id).size_or_type
+                if self._type(type_id).kind not in (_STRUCT, _UNION):
+                    return None
+            if type_id not in self._known:
+                # A task has hundreds of them.
+                self._known[type_id] = {name: rest for name, *rest in self._members(type_id, 0)}
+            if name not in self._known[type_id]:
+                return None
+            member, bits, width = self._known[type_id][name]
+            found = member, base + bits, width
+        return found
+
     def _declare(self, type_id: int) -> tuple[int, str]:
         """Size and C declaration of a member's type."""
         found = self._type(type_id)
@@ -194,6 +242,8 @@ class Btf:
             element, _, count = _ENTRY.unpack(ctypes.string_at(found.address, _ENTRY.size))
             size, declaration = self._declare(element)
             return size * count, f"{declaration}[{count}]"
+        if found.kind in (_STRUCT, _UNION):
+            return found.size_or_type, f"u8 %s[{found.size_or_type}]"
         raise MissingAbilityError(f"{self.path}: cannot declare a member of kind {found.kind}")
 
     @staticmethod

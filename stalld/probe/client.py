@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stalld.errors import MissingAbilityError, ProbeError
+from stalld.notify import MANAGERS_VARIABLES
 from stalld.probe import protocol
 from stalld.probe.btf import VMLINUX_BTF
 from stalld.probe.protocol import Description, Request
@@ -49,7 +50,11 @@ class ProbeChild:
                 stdout=subprocess.DEVNULL,
                 stderr=self._log,
                 cwd="/",
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+                # Its word to the service manager would be taken for ours.
+                env={
+                    **{k: v for k, v in os.environ.items() if k not in MANAGERS_VARIABLES},
+                    "PYTHONPATH": str(Path(__file__).parents[2]),
+                },
             )
         protocol.send(ours, protocol.request_message(request), [])
 

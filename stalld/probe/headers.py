@@ -13,6 +13,7 @@ import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from stalld.errors import MissingAbilityError
 from stalld.probe.btf import Btf, Field
@@ -38,6 +39,74 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "bpf_iter__task": (("meta",), ("task",)),
 }
 """What the programs touch: per struct the fields, each with its older names."""
+
+
+class Who(NamedTuple):
+    """A part of ``bpf/task.c`` that tells who a task is, where the kernel has its fields.
+
+    ``what`` it tells; what is without that is in ``effect``; ``fields`` as in :data:`FIELDS`.
+    """
+
+    what: str
+    effect: str
+    fields: dict[str, tuple[tuple[str, ...], ...]]
+
+
+_ASKED = "it is asked of /proc, which may be too late"
+WHO = {
+    "PARENT": Who("parent", _ASKED, {"task_struct": (("real_parent",), ("tgid",))}),
+    "NS_PID": Who(
+        "pid in its namespace",
+        _ASKED,
+        {
+            "task_struct": (("group_leader",), ("thread_pid",)),
+            "pid": (("level",), ("numbers",)),
+        },
+    ),
+    "COMMAND": Who(
+        "command line",
+        _ASKED,
+        {"task_struct": (("mm",),), "mm_struct": (("arg_start",), ("arg_end",))},
+    ),
+    "EXE": Who(
+        "executable",
+        "blocker.exe is null",
+        {
+            "task_struct": (("mm",),),
+            "mm_struct": (("exe_file",),),
+            "file": (("f_path.dentry",),),
+            "dentry": (("d_parent",), ("d_name.name",)),
+        },
+    ),
+    "FILE": Who(
+        "system call and file",
+        "the system call is told by the stack, blocker.file is null",
+        {
+            "task_struct": (("stack",), ("thread_info.status",), ("files",)),
+            "files_struct": (("fdt",),),
+            "fdtable": (("max_fds",), ("fd",)),
+            "file": (("f_path.dentry",), ("f_inode",)),
+            "inode": (("i_ino",),),
+            "dentry": (("d_parent",), ("d_name.name",), ("d_sb",)),
+            "super_block": (("s_type",),),
+            "file_system_type": (("name",),),
+        },
+    ),
+    "CGROUP": Who(
+        "cgroup",
+        _ASKED,
+        {
+            "task_struct": (("cgroups",),),
+            "css_set": (("subsys",), ("dfl_cgrp",)),
+            "cgroup_subsys_state": (("cgroup",),),
+            "cgroup": (("kn",), ("root",)),
+            # parent was renamed __parent in 6.15 (commit 633488947ef6).
+            "kernfs_node": (("__parent", "parent"), ("name",)),
+        },
+    ),
+}
+"""By the end of the macro ``STALLD_WHO_…`` that has it compiled in."""
+_X86_ONLY = {"FILE"}
 
 _TYPES = """\
 #pragma once
@@ -105,21 +174,69 @@ def write_tree(root: Path, btf: Btf) -> list[str]:
     flags.append(f"-DSTALLD_TASK_STATE={btf.field('task_struct', '__state', 'state').name}")
     queued = btf.field("hrtimer", "state", "is_queued").name
     flags.append(f"-DSTALLD_HRTIMER_QUEUED={queued}")
+    without = lacking(btf)
+    flags += [f"-DSTALLD_WHO_{part}" for part in WHO if part not in without]
+    if "-DSTALLD_WHO_CGROUP" in flags:
+        parent = btf.field("kernfs_node", "__parent", "parent").name
+        flags += [f"-DSTALLD_KERNFS_PARENT={parent}", f"-DSTALLD_CONTROLLER={_controller(btf)}"]
     # prev_state became an argument in 5.18 (commit fa2c3254d7cf).
     if (btf.tracepoint_args("sched_switch") or 0) >= 4:
         flags.append("-DSCHED_SWITCH_HAS_PREV_STATE")
     return flags
 
 
-def structs(btf: Btf) -> str:
-    """C declarations of :data:`FIELDS` with every field at its true offset."""
-    parts = ["#pragma once", "struct seq_file;"]
-    for name, wanted in FIELDS.items():
-        fields = [btf.field(name, *names) for names in wanted]
-        parts.append(declare(name, fields))
+def lacking(btf: Btf) -> dict[str, str]:
+    """The parts of :data:`WHO` that this kernel cannot tell, and why."""
+    found = {}
+    for part, who in WHO.items():
+        if part in _X86_ONLY and platform.machine() != "x86_64":
+            found[part] = f"not written for {platform.machine()}"
+            continue
+        try:
+            for name, wanted in who.fields.items():
+                for names in wanted:
+                    btf.field(name, *names)
+            if part == "CGROUP":
+                _controller(btf)
+        except MissingAbilityError as error:
+            found[part] = str(error).partition(":")[0]
+    return found
+
+
+def _controller(btf: Btf) -> int:
+    """Number of the controller whose hierarchy is looked at besides the unified one.
+
+    Raises:
+        MissingAbilityError: the kernel has none of those that runtimes use.
+    """
+    for name in ("memory", "cpu"):
+        number = btf.enumerator("cgroup_subsys_id", f"{name}_cgrp_id")
+        if number is not None:
+            return number
+    raise MissingAbilityError("the kernel has neither a memory nor a cpu controller")
+
+
+def wanted_fields(btf: Btf) -> dict[str, list[tuple[str, ...]]]:
+    """Of each struct the fields that are declared: all of :data:`FIELDS`, of :data:`WHO` those
+    of the parts that this kernel can tell."""
+    wanted = {name: list(fields) for name, fields in FIELDS.items()}
+    without = lacking(btf)
+    for part, who in WHO.items():
+        if part in without:
+            continue
+        for name, fields in who.fields.items():
+            known = wanted.setdefault(name, [])
+            known += [field for field in fields if field not in known]
     if platform.machine() == "x86_64":
-        fields = [btf.field("pt_regs", name) for name in ("ip", "cs", "flags")]
-        parts.append(declare("pt_regs", fields))
+        wanted["pt_regs"] = [("ip",), ("cs",), ("flags",)]
+    return wanted
+
+
+def structs(btf: Btf) -> str:
+    """C declarations of what the programs touch with every field at its true offset."""
+    parts = ["#pragma once", "struct seq_file;"]
+    for name, wanted in wanted_fields(btf).items():
+        parts.append(declare(name, [btf.field(name, *names) for names in wanted]))
     return "\n".join(parts) + "\n"
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stalld.errors import MissingAbilityError, ProbeError
+from stalld.probe import percpu
 from stalld.probe.btf import Btf
 from stalld.probe.capabilities import require_bpf
 from stalld.probe.fentry import fentry_error
-from stalld.probe.headers import distribution_headers, write_tree
+from stalld.probe.headers import WHO, distribution_headers, lacking, write_tree
+from stalld.probe.percpu import Places
 from stalld.probe.protocol import NMI_SAMPLER, NO_NMI, Attached, Description, Missing, Request
 from stalld.records import watched_bits
 
@@ -26,6 +28,7 @@ SOURCES = (
     "records.h",
     "state.h",
     "record.c",
+    "task.c",
     "sched.c",
     "softirq.c",
     "lookback.c",
@@ -63,7 +66,13 @@ OPTIONAL = {
 }
 """Hooks the service can do without, and what that means."""
 
-TAILS = ("handle_record", "handle_watched_wakeup", "handle_watched_switch")
+TAILS = (
+    "handle_record",
+    "handle_watched_wakeup",
+    "handle_watched_switch",
+    "handle_emit",
+    "handle_task",
+)
 """What the others end in when there is something to do: TAIL_* of ``bpf/state.h``."""
 
 MAPS = ("cpus", "config", "events", "watched", "rings", "napis", "tails")
@@ -93,6 +102,7 @@ def load(request: Request, structs_dir: Path) -> tuple[Description, list[int]]:
     else:
         os.environ["BCC_KERNEL_SOURCE"] = str(structs_dir)
         flags = write_tree(structs_dir, btf)
+    missing += _unknown_of_tasks(btf)
     for how in ("kfunc", "kprobe", "softirq"):
         reason = _cannot_trace_net_rx_action(how, btf)
         if reason is None:
@@ -151,34 +161,40 @@ def _nmi_sampler(request: Request, btf: Btf | None, missing: list[Missing]) -> b
     return False
 
 
-def percpu_places(btf: Btf) -> dict[str, int]:
+def _unknown_of_tasks(btf: Btf | None) -> list[Missing]:
+    """What the programs do not tell of who had the CPU."""
+    without = dict.fromkeys(WHO, "no BTF") if btf is None else lacking(btf)
+    return [Missing(f"{WHO[p].what} of a task", why, WHO[p].effect) for p, why in without.items()]
+
+
+def percpu_places(variables: Places, btf: Btf) -> dict[str, int]:
     """See :class:`Description`; what the kernel does not have is left out.
 
     A raw tracepoint has no way to this CPU's variables, but the timer of the
     tick is one of them, and the hook passes its address.
     """
-    timer = btf.percpu_offset("tick_cpu_sched", "sched_timer")
+    timer = variables.percpu_offset("tick_cpu_sched", "sched_timer")
     if timer is None:
         return {}
-    steal = btf.percpu_offset("steal_time", "steal")
-    cpustat = btf.percpu_offset("kernel_cpustat", "cpustat")
-    softnet = btf.percpu_offset("softnet_data", "processed")
-    squeezed = btf.percpu_offset("softnet_data", "time_squeeze")
+    steal = variables.percpu_offset("steal_time", "steal")
+    cpustat = variables.percpu_offset("kernel_cpustat", "cpustat")
+    softnet = variables.percpu_offset("softnet_data", "processed")
+    squeezed = variables.percpu_offset("softnet_data", "time_squeeze")
     places = {
-        "regs": btf.percpu_offset("__irq_regs"),
+        "regs": variables.percpu_offset("__irq_regs"),
         "steal": steal,
         "cpustat": None if cpustat is None else cpustat + _CPUTIME_STEAL * 8,
         # The program reads both with one load.
         "softnet": softnet if softnet is not None and squeezed == softnet + 4 else None,
-        "received_rps": btf.percpu_offset("softnet_data", "received_rps"),
-        "backlog": btf.percpu_offset("softnet_data", "input_pkt_queue", "qlen"),
+        "received_rps": variables.percpu_offset("softnet_data", "received_rps"),
+        "backlog": variables.percpu_offset("softnet_data", "input_pkt_queue", "qlen"),
         # Linux 6.18 counts drops by NUMA node, in two words.
         "dropped": _first(
-            btf.percpu_offset("softnet_data", "dropped"),
-            btf.percpu_offset("softnet_data", "drop_counters", "drops0"),
+            variables.percpu_offset("softnet_data", "dropped"),
+            variables.percpu_offset("softnet_data", "drop_counters", "drops0"),
         ),
-        "dropped_more": btf.percpu_offset("softnet_data", "drop_counters", "drops1"),
-        "flow_limit": btf.percpu_offset("softnet_data", "flow_limit"),
+        "dropped_more": variables.percpu_offset("softnet_data", "drop_counters", "drops1"),
+        "flow_limit": variables.percpu_offset("softnet_data", "flow_limit"),
     }
     known = {name: place - timer for name, place in places.items() if place is not None}
     count = _flow_count(btf) if "flow_limit" in known else None
@@ -267,7 +283,7 @@ def _build(
         bcc_version=str(__version__),
         compile_ms=round((compiled - clock) * 1e3, 1),
         attach_ms=round((time.monotonic() - compiled) * 1e3, 1),
-        percpu=percpu_places(btf) if btf else {},
+        percpu=percpu_places(percpu.places(btf), btf) if btf else {},
     )
     return description, list(fds.values())
 

@@ -76,7 +76,7 @@ class Hub:
     def dead(self) -> bool:
         """Whether nothing that lasts takes events any more."""
         lasting = [sink for key, sink in self._sinks.items() if not isinstance(key, config.Live)]
-        return all(sink.fatal for sink in lasting)
+        return bool(lasting) and all(sink.fatal for sink in lasting)
 
     def stats(self) -> list[Stats]:
         """What became of the lines, those of sinks that are gone included."""

@@ -100,6 +100,7 @@ def _details(event: Mapping[str, Any]) -> list[str]:
             f"    {safe(blocker['comm'])} pid {blocker['pid']} tid {blocker['tid']} "
             f"in {blocker['mode'] or 'unknown'} mode, policy {blocker['policy']}{priority}"
         )
+        lines += [f"    {safe(line)}" for line in _who(blocker) if line]
     waiting = [{"comm": "ksoftirqd", **event["ksoftirqd"]}] if event["ksoftirqd"] else []
     for thread in (*waiting, *event["waiting"]):
         whose = f"{safe(thread['comm'] or 'a thread')} pid {thread['pid']}"
@@ -115,6 +116,22 @@ def _details(event: Mapping[str, Any]) -> list[str]:
         lines.append(f"    the hypervisor took {evidence['stolen_ms']:.1f} ms")
     lines += _frames(event["stack"]["kernel"], " (after)" * (event["stack"]["captured"] == "after"))
     return lines + _network(event["net"]) + _hint(event)
+
+
+def _who(blocker: Mapping[str, Any]) -> list[str]:
+    """Where it belongs, what it was called with, what it does: as far as that is known."""
+    container = blocker.get("container_id")
+    places = {
+        "unit": blocker.get("unit"),
+        "container": container and f"{blocker.get('runtime') or ''} {container}".lstrip(),
+        "pod": blocker.get("pod_uid"),
+    }
+    call, file = blocker.get("syscall"), blocker.get("file")
+    return [
+        ", ".join(f"{name} {value}" for name, value in places.items() if value),
+        f"command: {blocker['cmdline']}" if blocker.get("cmdline") else "",
+        (f"in {call}()" + (f" on {file}" if file else "")) if call else "",
+    ]
 
 
 def _frames(frames: list[str], note: str = "") -> list[str]:

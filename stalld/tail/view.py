@@ -200,6 +200,9 @@ def _blocker(blocker: Mapping[str, Any]) -> list[Line]:
         lines.append(_row("unit", unit))
     if blocker.get("cmdline"):
         lines.append(_row("command", _text(blocker["cmdline"])))
+    call, file = _text(blocker.get("syscall")), _text(blocker.get("file"))
+    if call:
+        lines.append(_row("call", f"{call}()" + (f" on {file}" if file else "")))
     return lines
 
 

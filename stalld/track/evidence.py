@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, overload
 
 from stalld.enrich.stack import leaves_interrupt, reaches_base
 from stalld.records import (
@@ -291,17 +292,49 @@ def net_of(stall: Stall, near_ns: int, counts: Container[str]) -> Net:
     )
 
 
-def lookback(
-    stall: Stall, explain: Callable[[TickSample], Tick], reach_ns: int
-) -> tuple[Tick, ...]:
-    """What ran in the ``reach_ns`` before the stall, oldest first: the last 64 ticks."""
-    kept: list[TickSample] = []
-    for tick in reversed(stall.before):
-        if tick.time_ns < stall.started_ns - reach_ns or len(kept) == LOOKBACK_SAMPLES:
-            break
-        if tick.time_ns <= stall.started_ns:
-            kept.append(tick)
-    return tuple(map(explain, reversed(kept)))
+class Lookback(Sequence[Tick]):
+    """What ran in the ``reach_ns`` before a stall, oldest first: the last 64 ticks.
+
+    Looked up when it is first asked for: of a storm most stalls are folded and never are.
+    """
+
+    def __init__(
+        self,
+        before: Sequence[TickSample],
+        started_ns: int,
+        explain: Callable[[TickSample], Tick],
+        reach_ns: int,
+    ) -> None:
+        self._before = before
+        self._started_ns = started_ns
+        self._explain = explain
+        self._reach_ns = reach_ns
+
+    @cached_property
+    def _ticks(self) -> tuple[Tick, ...]:
+        kept: list[TickSample] = []
+        for tick in reversed(self._before):
+            oldest_ns = self._started_ns - self._reach_ns
+            if tick.time_ns < oldest_ns or len(kept) == LOOKBACK_SAMPLES:
+                break
+            if tick.time_ns <= self._started_ns:
+                kept.append(tick)
+        return tuple(map(self._explain, reversed(kept)))
+
+    def __len__(self) -> int:
+        return len(self._ticks)
+
+    @overload
+    def __getitem__(self, index: int) -> Tick: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Tick, ...]: ...
+    def __getitem__(self, index: int | slice) -> Tick | tuple[Tick, ...]:
+        return self._ticks[index]
+
+
+def lookback(stall: Stall, explain: Callable[[TickSample], Tick], reach_ns: int) -> Lookback:
+    """What ran before the stall, see :class:`Lookback`."""
+    return Lookback(stall.before, stall.started_ns, explain, reach_ns)
 
 
 def path(frames: tuple[str, ...]) -> tuple[str, ...]:

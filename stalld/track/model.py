@@ -6,7 +6,7 @@ import enum
 from collections.abc import Container, Sequence
 from typing import NamedTuple, Protocol
 
-from stalld.records import StallRecord, TickSample
+from stalld.records import StallRecord, TaskRecord, TickSample
 from stalld.rings import Napi
 from stalld.track.verdict import Verdict
 
@@ -153,10 +153,12 @@ class Update(NamedTuple):
     stolen_ns: int | None
     handler: Handler | None
     blocker: Blocker | None
+    task: TaskRecord | None
+    """Who the blocker is, if the kernel told."""
     kernel_stack: tuple[str, ...]
     user_stack: tuple[int, ...]
     captured: str
-    lookback: tuple[Tick, ...] | None
+    lookback: Sequence[Tick] | None
     """What ran before, oldest first; None in the first line, which waits for nothing."""
     net: Net
     nmi: bool

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from stalld.records import LOOKBACK_SAMPLES, VECTORS, RecordType, Source
+from stalld.records import LOOKBACK_SAMPLES, VECTORS, RecordType, Source, TaskRecord
 from stalld.state import StallState
 from stalld.track import evidence
 from stalld.track.gather import Stall
-from stalld.track.model import SERIOUS_FACTOR, Ended, Host, Observation, Phase, Update
+from stalld.track.model import SERIOUS_FACTOR, Blocker, Ended, Host, Observation, Phase, Update
 from stalld.track.verdict import decide
 
 MAX_ONGOING = 4
@@ -42,6 +42,8 @@ class Tracker:
         self._host = host
         self._open: dict[int, Stall] = {}
         self._last_seq: dict[int, int] = {}
+        # By CPU those of its newest stall; the first comes before the stall's first record.
+        self._tasks: dict[int, list[TaskRecord]] = {}
 
     @property
     def open(self) -> bool:
@@ -71,6 +73,13 @@ class Tracker:
             stall.reported_ns = stall.last_ns - stall.started_ns
             updates.append(self._update(stall, Phase.ONGOING, None))
         return updates
+
+    def take_task(self, task: TaskRecord) -> None:
+        """Remember who a task is that the next records are about."""
+        known = self._tasks.setdefault(task.cpu, [])
+        if known and known[0].seq != task.seq:
+            known.clear()
+        known.append(task)
 
     def lost(self, cpu: int, count: int) -> None:
         """The perf buffer of ``cpu`` dropped ``count`` records."""
@@ -130,6 +139,12 @@ class Tracker:
         record_ns = next_ns or (end_ns if ended is Ended.RECORD else 0)
         return self._update(stall, Phase.RESOLVED, ended, record_ns)
 
+    def _task(self, stall: Stall, blocker: Blocker | None) -> TaskRecord | None:
+        if blocker is None:
+            return None
+        told = self._tasks.get(stall.cpu, ())
+        return next((t for t in told if (t.seq, t.tid) == (stall.seq, blocker.tid)), None)
+
     def _update(
         self, stall: Stall, phase: Phase, ended: Ended | None, record_ns: int | None = None
     ) -> Update:
@@ -164,6 +179,7 @@ class Tracker:
             stolen_ns=stall.stolen_ns(),
             handler=evidence.longest_handler(stall, self.threshold_ns),
             blocker=culprit.blocker,
+            task=self._task(stall, culprit.blocker),
             kernel_stack=culprit.frames,
             user_stack=culprit.user_stack,
             captured=culprit.captured,

@@ -19,6 +19,7 @@ from typing import Any
 
 from tests.injector.kinds import InjectorError, UnsupportedError
 from tests.injector.system import die_with, set_comm
+from tests.slowness import slow
 
 Handler = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -71,7 +72,7 @@ class Child:
 
     def _answer(self, timeout_s: float) -> dict[str, Any]:
         assert self._process.stdout is not None
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + slow(timeout_s)
         while b"\n" not in self._buffer:
             left = max(0.0, deadline - time.monotonic())
             if not select.select([self._process.stdout], [], [], left)[0]:
@@ -90,7 +91,7 @@ class Child:
             if pipe is not None:
                 pipe.close()
         try:
-            self._process.wait(1.0)
+            self._process.wait(slow(1.0))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -62,7 +62,12 @@ class Injector:
         self._running().call({"kind": kind})
 
     def inject(
-        self, kind: Kind, duration_ms: float, *, pressure: Pressure | Mode | None = None
+        self,
+        kind: Kind,
+        duration_ms: float,
+        *,
+        pressure: Pressure | Mode | None = None,
+        reads: str | None = None,
     ) -> Truth:
         """Make one stall and wait for its end.
 
@@ -71,6 +76,7 @@ class Injector:
             duration_ms: at most :data:`~tests.injector.kinds.MAX_DURATION_MS`.
             pressure: on the same CPU, active during the stall; a mode instead sets one up for
                 this stall alone.
+            reads: a file; preempt_off makes its read() slow then.
 
         Raises:
             DurationError: too long or too short; nothing happened.
@@ -81,12 +87,13 @@ class Injector:
         self.prepare(kind)
         if isinstance(pressure, Mode):
             with Pressure(self.cpu, pressure) as own:
-                return self.inject(kind, duration_ms, pressure=own)
+                return self.inject(kind, duration_ms, pressure=own, reads=reads)
         if pressure is not None and pressure.cpu != self.cpu:
             raise InjectorError(f"the pressure is on CPU {pressure.cpu}, not on {self.cpu}")
         active: AbstractContextManager[None] = pressure.active() if pressure else nullcontext()
         with active:
-            made = self._running().call({"kind": kind, "duration_ms": duration_ms})
+            file = {} if reads is None else {"reads": reads}
+            made = self._running().call({"kind": kind, "duration_ms": duration_ms, **file})
         return Truth(
             kind=kind,
             cpu=made["cpu"],

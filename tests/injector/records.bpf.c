@@ -13,6 +13,7 @@
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 
+typedef __u8 u8;
 typedef __u32 u32;
 typedef __u64 u64;
 typedef __s32 s32;

@@ -9,23 +9,27 @@ import socket
 import struct
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from tests.injector import build, system
 from tests.injector.kinds import METHODS, InjectorError, Kind, UnsupportedError
 from tests.injector.libbpf import EGRESS, INGRESS, BpfObject
+from tests.slowness import slow
 
 _ORDER = struct.Struct("=QIi")
 _TRUTH = struct.Struct("=QQIII16s4x")
 _GETPPID = {"x86_64": 110, "aarch64": 173, "riscv64": 173, "ppc64le": 64, "s390x": 64}
+_READ = {"x86_64": 0, "aarch64": 63, "riscv64": 63, "ppc64le": 3, "s390x": 3}
 _MARK = {Kind.BH_OFF: 0x51000000, Kind.SOFTIRQ_HOG: 0x52000000}
 _FIFO_PRIORITY = 50
 _TASKS = 3
 _TURN = struct.Struct("=QQ")
 _ORDERED = struct.Struct("=Q")
-_TURN_TIMEOUT_S = 3.0
+_TURN_TIMEOUT_S = slow(3.0)
 _TICK_TIMEOUT_NS = 200_000_000
-_PACKET_TIMEOUT_S = 1.0
+_PACKET_TIMEOUT_S = slow(1.0)
 _SO_MARK = 36
 
 
@@ -48,6 +52,10 @@ class Stall(ABC):
     def make(self, duration_ns: int) -> Made:
         """Stall the CPU now."""
 
+    def make_reading(self, duration_ns: int, path: str) -> Made:
+        """Stall the CPU now, while a file is being read."""
+        raise UnsupportedError("this kind of stall reads no file")
+
     def close(self) -> None:  # noqa: B027
         """Take down what the constructor set up."""
 
@@ -63,12 +71,14 @@ class _BpfStall(Stall):
         self._orders = self.bpf.map_fd("orders")
         self._truths = self.bpf.map_fd("truths")
 
-    def order(self, duration_ns: int, tid: int) -> None:
+    def order(
+        self, duration_ns: int, tid: int, syscalls: Mapping[str, int] = MappingProxyType(_GETPPID)
+    ) -> None:
         """Arm the program; it takes the order once."""
         self.bpf.update(self._truths, 0, bytes(_TRUTH.size))
-        syscall = _GETPPID.get(platform.machine())
+        syscall = syscalls.get(platform.machine())
         if syscall is None:
-            raise UnsupportedError(f"getppid's number on {platform.machine()} is not known")
+            raise UnsupportedError(f"system calls' numbers on {platform.machine()} are not known")
         self.bpf.update(self._orders, 0, _ORDER.pack(duration_ns, tid, syscall))
 
     def began(self) -> bool:
@@ -106,6 +116,15 @@ class PreemptOff(_BpfStall):
     def make(self, duration_ns: int) -> Made:
         self.order(duration_ns, os.getpid())
         os.getppid()
+        return self.made()
+
+    def make_reading(self, duration_ns: int, path: str) -> Made:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            self.order(duration_ns, os.getpid(), _READ)
+            os.read(fd, 1)
+        finally:
+            os.close(fd)
         return self.made()
 
 

@@ -28,7 +28,7 @@ class Worker:
     def handle(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """``{"kind", "duration_ms"}`` → :class:`~tests.injector.stalls.Made` as a mapping.
 
-        Without a duration, the kind is only prepared.
+        Without a duration, the kind is only prepared; with ``reads`` it reads a file slowly.
         """
         kind = Kind(request["kind"])
         stall = self._stalls.get(kind) or self._prepare(kind)
@@ -37,6 +37,8 @@ class Worker:
         duration_ns = checked_duration_ns(request["duration_ms"])
         system.set_comm(METHODS[kind].comm)
         try:
+            if "reads" in request:
+                return stall.make_reading(duration_ns, request["reads"])._asdict()
             return stall.make(duration_ns)._asdict()
         finally:
             system.set_comm("inj-worker")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.injector import Truth
+from tests.slowness import slow
 from tests.unit import schema
 
 Event = dict[str, Any]
@@ -24,7 +25,7 @@ COMMAND = str(Path(sys.executable).with_name("softirq-stalld"))
 UNLIMITED = str(Path(__file__).with_name("unlimited.toml"))
 THRESHOLD_MS = 10.0
 STALLED_CPU = 1
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = slow(90.0)
 
 
 class Daemon:
@@ -81,11 +82,11 @@ class Daemon:
             self.process.send_signal(signal.SIGCONT)
             self.process.send_signal(number)
         try:
-            status = self.process.wait(10)
+            status = self.process.wait(slow(10))
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
-        self._reader.join(10)
+        self._reader.join(slow(10))
         if not self._log.closed:
             self.said = self.log()
             self._log.close()
@@ -100,7 +101,7 @@ class Daemon:
 
     def wait_for(self, wanted: Callable[[Event], bool], timeout_s: float = 5.0) -> Event:
         """The first event, old or new, for which ``wanted`` holds."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + slow(timeout_s)
         with self._news:
             while True:
                 for event in self.events:
@@ -128,13 +129,18 @@ class Daemon:
         resolved = max(self.stalls("resolved"), key=lambda e: overlap(e, truth))
         return [e for e in self.stalls() if e["stall_id"] == resolved["stall_id"]]
 
+    def parse(self, line: bytes) -> Event:
+        """A line as an event; it is held against the schema."""
+        return schema.parse(line)
+
     def _read(self) -> None:
         assert self.process.stdout is not None
         # Not where the stalls are: we want to know when a line came, not when we could look.
         os.sched_setaffinity(0, os.sched_getaffinity(0) - {STALLED_CPU} or {STALLED_CPU})
         for line in self.process.stdout:
-            event = schema.parse(line.encode())
-            event["read_ns"] = time.monotonic_ns()
+            read_ns = time.monotonic_ns()
+            event = self.parse(line.encode())
+            event["read_ns"] = read_ns
             with self._news:
                 self.lines.append(line)
                 self.events.append(event)

@@ -26,6 +26,7 @@ from stalld.probe.btf import VMLINUX_BTF, Btf
 from stalld.probe.client import ProbeChild, bpf_directory, possible_cpus
 from stalld.probe.protocol import Request
 from tests.kernel.daemon import COMMAND, bpf_objects
+from tests.slowness import SLOWNESS, slow
 
 pytestmark = pytest.mark.kernel
 
@@ -47,7 +48,11 @@ def hiding(mount: str) -> list[str]:
 
 def run(*command: str, how: list[str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*(how or []), COMMAND, *command], capture_output=True, text=True, timeout=90, check=False
+        [*(how or []), COMMAND, *command],
+        capture_output=True,
+        text=True,
+        timeout=slow(90),
+        check=False,
     )
 
 
@@ -114,13 +119,13 @@ def test_prices() -> None:
     _, _, items = check()
     costs = dict(re.findall(r"(\w+) (\d+)[, ]", items["price"]["detail"].partition("(")[0]))
     assert set(costs) == set(price.HOT_PATH)
-    assert all(int(ns) < 20_000 for ns in costs.values())
+    assert all(int(ns) < 20_000 * SLOWNESS for ns in costs.values())
     found = re.search(
         r"(\d+) ns a (?:tick|sample), ([\d.]+)% of a busy CPU at (\d+)",
         items["look-back"]["detail"],
     )
     assert found
-    assert 100 < int(found[1]) < 200_000
+    assert 100 < int(found[1]) < 200_000 * SLOWNESS
     assert float(found[2]) == pytest.approx(int(found[1]) * int(found[3]) / 1e7, rel=0.1)
 
 
@@ -195,12 +200,12 @@ def test_nothing_stays() -> None:
     with subprocess.Popen(
         [COMMAND, "check"], stdout=subprocess.DEVNULL, start_new_session=True
     ) as process:
-        assert process.wait(90) == 0
+        assert process.wait(slow(90)) == 0
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
     # Not while the kernel empties the program array: docs/decisions/0004.
     time.sleep(1)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + slow(10)
     while bpf_objects() - before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not bpf_objects() - before

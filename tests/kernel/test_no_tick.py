@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from stalld.decode import decode
+from stalld.decode import decode, is_task
 from stalld.kthreads import Watched, iterate_tasks
 from stalld.probe.btf import VMLINUX_BTF
 from stalld.probe.client import ProbeChild, bpf_directory, possible_cpus
@@ -29,11 +29,16 @@ def test_stalls_are_seen_at_their_end() -> None:
     hooks = [hook for hook in PROGRAMS if hook not in ("hrtimer_expire_entry", "lookback")]
     probes = ProbeChild(Request(possible_cpus(), str(bpf_directory()), VMLINUX_BTF, hooks)).result()
     records: list[StallRecord] = []
+
+    def take(data: bytes) -> None:
+        if not is_task(data):
+            records.append(decode(data))
+
     try:
         assert "link:hrtimer_expire_entry" not in probes.fds
         maps = Maps(probes.fds["map:cpus"], probes.fds["map:config"], possible_cpus())
         Watched(probes.fds["map:watched"], maps, ()).learn(iterate_tasks(probes.fds["iter:task"]))
-        reader = PerfReader(probes.fds["map:events"], lambda data: records.append(decode(data)))
+        reader = PerfReader(probes.fds["map:events"], take)
         maps.watch(THRESHOLD_NS, tick_ns=4_000_000, vec_mask=1 << NET_RX, max_samples=16)
         with Injector(CPU) as injector:
             with Pressure(CPU, Mode.PING) as pressure:

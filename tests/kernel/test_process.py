@@ -14,6 +14,7 @@ import pytest
 from tests.injector import Injector, Kind, Mode, Pressure, Truth
 from tests.kernel.daemon import COMMAND, Daemon, bpf_objects, children
 from tests.kernel.daemon import STALLED_CPU as CPU
+from tests.slowness import slow
 
 pytestmark = pytest.mark.kernel
 
@@ -24,7 +25,7 @@ def gone_within(seconds: float, objects: set[tuple[str, int]]) -> bool:
     """Whether these BPF objects are gone; the kernel frees them a moment later."""
     # Not while the kernel empties the program array: docs/decisions/0004.
     time.sleep(1)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + slow(seconds)
     while objects & bpf_objects():
         if time.monotonic() > deadline:
             return False
@@ -55,7 +56,7 @@ def test_kill_leaves_nothing() -> None:
         loaded = bpf_objects() - before
         assert {kind for kind, _ in loaded} == {"prog", "map", "link"}
         os.kill(daemon.pid, signal.SIGKILL)
-        assert daemon.process.wait(5) == -signal.SIGKILL
+        assert daemon.process.wait(slow(5)) == -signal.SIGKILL
     assert gone_within(5, loaded)
 
 
@@ -67,7 +68,7 @@ def test_signal_stops_it(number: signal.Signals) -> None:
         loaded = bpf_objects() - before
         asked = time.monotonic()
         assert daemon.stop(number) == 0
-        assert time.monotonic() - asked < 2
+        assert time.monotonic() - asked < slow(2)
         assert daemon.events[-1]["event"] == "stopped"
         assert daemon.said == ""
     assert loaded
@@ -77,7 +78,7 @@ def test_signal_stops_it(number: signal.Signals) -> None:
 def test_duration_ends_it() -> None:
     """``--duration`` stops it by itself."""
     with Daemon("--duration", "0.5") as daemon:
-        assert daemon.process.wait(5) == 0
+        assert daemon.process.wait(slow(5)) == 0
         stopped = daemon.wait_for(lambda e: e["event"] == "stopped")
         assert stopped["uptime_ms"] >= 500
 
@@ -115,7 +116,7 @@ def test_broken_pipe_ends_it() -> None:
         os.close(reading)
         with Injector(CPU) as injector, Pressure(CPU, Mode.PING) as pressure:
             injector.inject(Kind.BH_OFF, 50, pressure=pressure)
-        assert process.wait(5) == 1
+        assert process.wait(slow(5)) == 1
         assert process.stderr is not None
         said = process.stderr.read()
     assert "standard output" in said

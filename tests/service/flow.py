@@ -40,7 +40,7 @@ class Result(NamedTuple):
         sent: records that the kernel took, and those that found the buffer full.
         sinks: by name: what arrived.
         told: by name: what the ``stopped`` event says became of all events before it.
-        lost: records lost, as the daemon told in ``records_lost`` events.
+        lost: records lost, as the daemon says at its end.
         latency_ms: of each line on standard output: from the record until it was made.
         rss_kib: of the daemon, at the end.
     """
@@ -156,7 +156,7 @@ class Flow:
             sent,
             {name: _counted(path) for name, path in paths.items()},
             told,
-            sum(event["count"] for event in events if event["event"] == "records_lost"),
+            events[-1]["records_lost"],
             self.latencies_ms(0),
             rss_kib,
         )

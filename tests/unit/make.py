@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
-from stalld.decode import HEAD, TICK
+from stalld import records
+from stalld.decode import HEAD, TICK, WHO
 from stalld.records import (
     LOOKBACK_DEPTH,
     LOOKBACK_RINGS,
@@ -20,9 +21,12 @@ from stalld.records import (
     VEC_NONE,
     VECTORS,
     WAITERS,
+    Known,
+    NamePath,
     RecordType,
     Source,
     StallRecord,
+    TaskRecord,
     TickKind,
     TickSample,
 )
@@ -222,6 +226,47 @@ def encode(given: StallRecord, padding: int = 0) -> bytes:
     )
     stack = b"".join(address.to_bytes(8, "little") for address in given.kernel_stack)
     return head + stack + bytes(padding)
+
+
+def task(**changes: Any) -> TaskRecord:
+    """Who the task of :func:`record` is."""
+    fields: dict[str, Any] = {
+        "type": RecordType.TASK,
+        "source": Source.TICK,
+        "cpu": 0,
+        "seq": 1,
+        "time_ns": T0 + 12 * MS,
+        "file_inode": 0,
+        "known": Known.ARGS | Known.CGROUP,
+        "task_flags": 0,
+        "tgid": 100,
+        "tid": 101,
+        "uid": 1000,
+        "parent_pid": 1,
+        "ns_pid": 0,
+        "syscall": 0,
+        "parent_comm": b"init",
+        "file_system": b"",
+        "args": b"spinner\0-v\0",
+        "cgroup": NamePath((), cut=False),
+        "controller": NamePath((), cut=False),
+        "exe": NamePath((b"spinner", b"bin", b"usr"), cut=False),
+        "file": NamePath((), cut=False),
+    } | changes
+    fields.setdefault("args_total", len(fields["args"]))
+    return TaskRecord(**fields)
+
+
+def encode_task(given: TaskRecord, padding: int = 0) -> bytes:
+    """The bytes that the kernel would write, and what the perf buffer adds."""
+    fields: tuple[Any, ...] = given
+    *numbers, parent_comm, file_system, args = fields[: -records.PATH_COUNT]
+    paths: tuple[NamePath, ...] = fields[-records.PATH_COUNT :]
+    names = b"".join(name + b"\0" for path in paths for name in path.names)
+    cut = sum(path.cut << at for at, path in enumerate(paths))
+    counts = [len(path.names) for path in paths]
+    sizes = [len(args), *counts, cut, len(names)]
+    return WHO.pack(*numbers, *sizes, parent_comm, file_system, args) + names + bytes(padding)
 
 
 def encode_tick(given: TickSample) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,11 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from stalld import bookends, degraded, events, net_events
 from stalld.config import Settings
+from stalld.enrich.asking import Answer, Unknown
+from stalld.enrich.cgroup import Place
 from stalld.enrich.driver_stats import Lost
 from stalld.enrich.ethtool import Settings as NicSettings
+from stalld.enrich.identity import Asked, Identity
 from stalld.enrich.netlink import LinkStats
 from stalld.enrich.nic import Device, Inventory, Queue, Sysctls
 from stalld.enrich.nic_hints import Facts, hints, joined
@@ -45,6 +49,7 @@ from tests.unit.make import (
     MadeHost,
     close,
     encode,
+    encode_task,
     record,
     sample,
     tick,
@@ -53,6 +58,8 @@ from tests.unit.make import (
 )
 from tests.unit.schema import SCHEMA, VALIDATOR, parse
 
+NOBODY = Identity()
+GONE = Answer(Asked(), Unknown.GONE)
 WALL = 1_767_323_045_678_901_234
 HOSTILE = [
     (b"two\nlines\r", "two\nlines\r"),
@@ -79,6 +86,7 @@ def stall(
     update: Update,
     names: dict[int, bytes] | None = None,
     inventory: Inventory | None = None,
+    identity: Identity = NOBODY,
 ) -> events.Event:
     """The event of one update."""
     return events.stall(
@@ -88,6 +96,7 @@ def stall(
         sampler="tick",
         names={} if names is None else names,
         inventory=inventory,
+        identity=identity,
     )
 
 
@@ -212,12 +221,19 @@ def test_a_whole_stall() -> None:
             "tid": 101,
             "comm": "spinner",
             "cmdline": None,
+            "exe": None,
+            "uid": None,
+            "parent": None,
+            "ns_pid": None,
             "mode": "kernel",
             "policy": "fifo",
             "rt_priority": 50,
             "nice": None,
+            "syscall": None,
+            "file": None,
             "cgroup": None,
             "unit": None,
+            "runtime": None,
             "container_id": None,
             "pod_uid": None,
         },
@@ -292,13 +308,41 @@ def test_what_is_not_known_is_null() -> None:
     assert nobody["blocker"] is None
 
 
+def test_who() -> None:
+    """All that is known of the blocker has its key."""
+    place = Place("/docker/a", "x.service", "system.slice", "docker", "a", "p")
+    identity = Identity("spinner -v", "/spinner", 0, (1, "init"), "read", "proc:/x", 7, place)
+    (update, _) = updates()
+    blocker = parse(line("stall", "warning", stall(update, identity=identity)))["blocker"]
+    expected = {
+        "cmdline": "spinner -v",
+        "exe": "/spinner",
+        "uid": 0,
+        "parent": {"pid": 1, "comm": "init"},
+        "ns_pid": 7,
+        "syscall": "read",
+        "file": "proc:/x",
+        "cgroup": "/docker/a",
+        "unit": "x.service",
+        "runtime": "docker",
+        "container_id": "a",
+        "pod_uid": "p",
+    }
+    assert {key: blocker[key] for key in expected} == expected
+
+
 @pytest.mark.parametrize("nmi", [False, True])
 @pytest.mark.parametrize("sampler", ["tick", "none"])
 def test_samplers(nmi: bool, sampler: str) -> None:
     """The sampler is the one that took the stack, which is not always the usual one."""
     (update, _) = updates()
     fields = events.stall(
-        update._replace(nmi=nmi), stall_id="i", boot_wall_ns=0, sampler=sampler, names={}
+        update._replace(nmi=nmi),
+        stall_id="i",
+        boot_wall_ns=0,
+        sampler=sampler,
+        names={},
+        identity=NOBODY,
     )
     event = parse(line("stall", "warning", fields))
     assert event["evidence"]["sampler"] == ("nmi" if nmi else sampler)
@@ -493,14 +537,17 @@ def pipeline(
     mode: str = "kernel",
     hotplug: Callable[[int], None] = lambda cpu: None,
     per_minute: int = 5,
+    known: Answer = GONE,
 ) -> Pipeline:
     """A pipeline without a kernel, 70 ms after the stall began."""
+    asking: Any = SimpleNamespace(answer=lambda question: known)
     symbols: Any = Symbols(mode)
     return Pipeline(
         Tracker(THRESHOLD, TICK_NS, MadeHost()),
         Folder(per_minute, THRESHOLD),
         symbols,
         Emitter(lambda line, _: stream.write(line), lambda: WALL, "host"),
+        asking,
         names={40: b"napi/eth0-8193"},
         id_prefix="boot-1",
         sampler="tick",
@@ -567,6 +614,37 @@ class TestPipeline:
         given.take(b"short")
         assert (given.undecodable, given.records, len(told)) == (1, 0, 1)
         assert stream.getvalue() == b""
+
+    def test_tasks(self) -> None:
+        """A record of a task names the blocker in all lines; it is no line itself."""
+        stream = io.BytesIO()
+        made = pipeline(stream)
+        made.take(encode_task(make.task()))
+        assert stream.getvalue() == b""
+        waiting = {"wait_ns": waits(NET_RX=50 * MS)}
+        made.take(encode(sample(1, 50, **waiting).record))
+        made.take(encode(close(1, 60, **waiting).record))
+        told = [e["blocker"]["cmdline"] for e in lines(stream)]
+        assert told == ["spinner -v", "spinner -v"]
+
+    @pytest.mark.parametrize("changes", [{"seq": 2}, {"tid": 102}, {"cpu": 1}])
+    def test_other_tasks(self, changes: dict[str, int]) -> None:
+        """Of another stall, thread or CPU: it is not the blocker, and /proc is asked."""
+        stream = io.BytesIO()
+        made = pipeline(stream, known=Answer(Asked(args=b"asked"), None))
+        made.take(encode_task(make.task(**changes)))
+        made.take(encode(sample(1, 50, wait_ns=waits(NET_RX=50 * MS)).record))
+        (event,) = lines(stream)
+        assert event["blocker"]["cmdline"] == "asked"
+
+    def test_idle(self) -> None:
+        """The idle task is nobody: nothing is asked."""
+        stream = io.BytesIO()
+        made = pipeline(stream, known=Answer(Asked(args=b"asked"), None))
+        waiting = {"wait_ns": waits(NET_RX=50 * MS), "tid": 0, "tgid": 0}
+        made.take(encode(sample(1, 50, **waiting).record))
+        (event,) = lines(stream)
+        assert event["blocker"]["cmdline"] is None
 
     def test_losses_are_told(self) -> None:
         """The kernel's losses are an event and belong to the stall of that CPU."""
@@ -678,8 +756,9 @@ def stopped() -> dict[str, Any]:
     maps.cpus[0].unwatched, maps.cpus[1].missed = 5, 6
     rings: Any = SimpleNamespace(napi_totals=lambda: {(2, b"eth0"): Polled(7, 70, 1)})
     sinks = [{"name": "stdout", "delivered": 3, "queued": 1, "dropped": 2}]
+    asking: Any = SimpleNamespace(counts=Counter({Unknown.GONE: 2}), longest_wait_s=0.0015)
     fields = bookends.stopped(
-        pipeline(io.BytesIO()), maps, rings, 60_000 * MS, sinks, {"b": 2, "a": 1}
+        pipeline(io.BytesIO()), asking, maps, rings, 60_000 * MS, sinks, {"b": 2, "a": 1}
     )
     return parse(line("stopped", "info", fields))
 

@@ -80,7 +80,7 @@ def _enumerators() -> list[str]:
 def _members(struct_name: str) -> list[str]:
     found = re.search(rf"^struct {struct_name} {{\n(.*?)^}};", HEADER, re.MULTILINE | re.DOTALL)
     assert found, f"bpf/records.h has no struct {struct_name}"
-    types = r"(?:u32|s32|u64|char|struct \w+)"
+    types = r"(?:u8|u32|s32|u64|char|struct \w+)"
     members = re.findall(rf"^\t{types} (\w+)(?:\[\w+\])?;", found[1], re.MULTILINE)
     assert len(members) == found[1].count(";")
     return list(members)
@@ -106,7 +106,7 @@ def _from_format(layout: struct.Struct, names: list[str]) -> Fields:
     return fields
 
 
-ARRAYS = {"wait_ns", "waiter_ns", "waiter_pid", "user_stack", "stack"}
+ARRAYS = {"wait_ns", "waiter_ns", "waiter_pid", "user_stack", "stack", "path_names"}
 
 
 def _from_ctypes(structure: type[ctypes.Structure]) -> Fields:
@@ -124,6 +124,16 @@ def _record_fields() -> Fields:
     return fields
 
 
+def _who_fields() -> Fields:
+    names = list(records.TaskRecord._fields)
+    at = names.index("args_total") + 1
+    paths = ["args_bytes", "path_names", "paths_cut", "names_bytes"]
+    names[at:] = [*paths, "parent_comm", "file_system", "args"]
+    fields = _from_format(decode.WHO, names)
+    fields["names"] = (decode.WHO.size, records.NAMES_LEN)
+    return fields
+
+
 def _tick_fields() -> Fields:
     names = list(records.TickSample._fields)
     names[names.index("comm") :] = ["stack_bytes", "comm", "stack"]
@@ -136,6 +146,7 @@ STRUCTS: dict[str, tuple[Fields, int]] = {
         _from_format(decode.TASK, list(records.TaskEntry._fields)),
         decode.TASK.size,
     ),
+    "task_record": (_who_fields(), decode.WHO.size + records.NAMES_LEN),
     "tick_sample": (_tick_fields(), decode.TICK.size),
 } | {
     name: (_from_ctypes(structure), ctypes.sizeof(structure))
@@ -188,7 +199,15 @@ SAME_NAME = (
     "NAPI_SLOTS",
     "BUCKET_TASKS",
     "CPU_ANY",
+    "BRIEF_BIT",
+    "ARGS_LEN",
+    "PATH_DEPTH",
+    "NAME_LEN",
+    "NAMES_LEN",
 )
+
+
+_PATHS = records.TaskRecord._fields[-records.PATH_COUNT :]
 
 
 def test_every_constant(compiled: dict[str, int]) -> None:
@@ -199,9 +218,11 @@ def test_every_constant(compiled: dict[str, int]) -> None:
         | {
             "VEC_COUNT": len(records.VECTORS),
             "VEC_NONE": records.VEC_NONE,
+            "VEC_PENDING": records.VEC_PENDING,
             "ABI_VERSION": records.ABI_VERSION,
         }
         | {name: getattr(records, name) for name in SAME_NAME}
+        | {f"KNOWN_{bit.name}": bit.value for bit in records.Known}
     )
     assert wanted == {name: compiled[name] for name in _macros()}
 
@@ -215,6 +236,8 @@ def test_every_enumerator(compiled: dict[str, int]) -> None:
     wanted = spelled("RECORD", records.RecordType) | spelled("SOURCE", records.Source)
     wanted |= spelled("TICK", records.TickKind)
     wanted["SOURCE_COUNT"] = len(records.Source)
+    wanted |= {f"PATH_{name.upper()}": at for at, name in enumerate(_PATHS)}
+    wanted["PATH_COUNT"] = len(_PATHS) == records.PATH_COUNT and records.PATH_COUNT
     assert wanted == {name: compiled[name] for name in _enumerators()}
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stalld.notify import Notifier, scrub, watchdog_period_s
+from stalld.notify import Notifier, watchdog_period_s
 
 PID = 4711
 
@@ -181,14 +181,6 @@ def test_watchdog_period(variables: dict[str, str], period_s: float | None) -> N
     notifier = Notifier.from_environment(environ, PID)
     notifier.close()
     assert notifier.watchdog_s == period_s
-
-
-def test_scrub() -> None:
-    """The manager's variables are taken away and all others stay."""
-    environ = {"NOTIFY_SOCKET": "@x", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1", "HOME": "/"}
-    scrub(environ)
-    scrub(environ)
-    assert environ == {"HOME": "/"}
 
 
 def test_child_gets_nothing(notifier: Notifier) -> None:

@@ -6,6 +6,7 @@ import ctypes
 
 import pytest
 
+from stalld.records import BRIEF_BIT
 from stalld.state import TIMED_ALWAYS, CpuState, Maps
 from tests.unit import make
 from tests.unit.make import MS, waiters, waits
@@ -37,10 +38,17 @@ def test_every_setting(maps: Maps) -> None:
 
 def test_each_cpu_knows_the_settings(maps: Maps) -> None:
     """What the hot path needs lies with each CPU; vectors that no kernel defers are timed too."""
-    maps.watch(10 * MS, vec_mask=0b1000)
+    maps.watch(10 * MS, vec_mask=0b1000, tick_ns=6 * MS)
     for state in maps.cpus:
         assert (state.threshold_ns, state.vec_mask) == (10 * MS, 0b1000)
         assert state.timed_mask == 0b1000 | TIMED_ALWAYS == 0b1001001
+
+
+def test_short_thresholds_are_timed_exactly(maps: Maps) -> None:
+    """Only where less than a tick is brief may an entry take the time of its raise."""
+    for tick_ns, brief in ((5 * MS, 1), (5 * MS + 1, 0), (1 * MS, 1)):
+        maps.watch(10 * MS, vec_mask=0, tick_ns=tick_ns)
+        assert {state.timed_mask >> BRIEF_BIT for state in maps.cpus} == {brief}
 
 
 def test_stall_of_one_cpu(maps: Maps) -> None:

@@ -12,7 +12,16 @@ import pytest
 
 from stalld.errors import MissingAbilityError
 from stalld.probe.btf import VMLINUX_BTF, Btf, Field
-from stalld.probe.headers import FIELDS, declare, distribution_headers, structs, write_tree
+from stalld.probe.headers import (
+    FIELDS,
+    WHO,
+    declare,
+    distribution_headers,
+    lacking,
+    structs,
+    wanted_fields,
+    write_tree,
+)
 
 needs_btf = pytest.mark.skipif(
     not Path(VMLINUX_BTF).exists(), reason="this kernel has no BTF (CONFIG_DEBUG_INFO_BTF)"
@@ -37,8 +46,9 @@ def test_the_tree_compiles(tmp_path: Path) -> None:
     done = compile_bpf("#include <linux/types.h>\n" + includes, *flags)
     assert done.returncode == 0, done.stderr
     asserted = (tmp_path / "include/stalld_structs.h").read_text().count("_Static_assert")
+    assert asserted == sum(map(len, wanted_fields(Btf()).values()))
     # pt_regs is the machine's own.
-    assert asserted == sum(map(len, FIELDS.values())) + 3 * (platform.machine() == "x86_64")
+    assert ("pt_regs" in wanted_fields(Btf())) is (platform.machine() == "x86_64")
 
 
 @needs_btf
@@ -77,16 +87,64 @@ def test_a_missing_field_is_named(tmp_path: Path) -> None:
         write_tree(tmp_path, fake(without={"prio"}))
 
 
+WHO_FLAGS = {f"-DSTALLD_WHO_{part}" for part in WHO}
+X86_ONLY = {"FILE"}
+
+
+@pytest.mark.parametrize(
+    ("without", "parts"),
+    [
+        (set(), set()),
+        ({"real_parent"}, {"PARENT"}),
+        ({"thread_pid"}, {"NS_PID"}),
+        ({"arg_start"}, {"COMMAND"}),
+        ({"mm"}, {"COMMAND", "EXE"}),
+        ({"exe_file"}, {"EXE"}),
+        ({"d_name.name"}, {"EXE", "FILE"}),
+        ({"s_type"}, {"FILE"}),
+        ({"__parent", "parent"}, {"CGROUP"}),
+        ({"memory_cgrp_id", "cpu_cgrp_id"}, {"CGROUP"}),
+    ],
+)
+def test_what_is_told_of_tasks(tmp_path: Path, without: set[str], parts: set[str]) -> None:
+    """A part whose fields the kernel lacks is left out and told; all others are there."""
+    if platform.machine() != "x86_64":
+        parts = parts | X86_ONLY
+    btf = fake(without=without)
+    assert set(lacking(btf)) == parts
+    assert all(reason and ":" not in reason for reason in lacking(btf).values())
+    flags = set(write_tree(tmp_path, btf))
+    assert WHO_FLAGS - flags == {f"-DSTALLD_WHO_{part}" for part in parts}
+
+
+@pytest.mark.parametrize(
+    ("without", "flags"),
+    [
+        (set(), {"-DSTALLD_KERNFS_PARENT=__parent", "-DSTALLD_CONTROLLER=4"}),
+        ({"__parent"}, {"-DSTALLD_KERNFS_PARENT=parent"}),
+        ({"memory_cgrp_id"}, {"-DSTALLD_CONTROLLER=4"}),
+    ],
+)
+def test_cgroup_flags(tmp_path: Path, without: set[str], flags: set[str]) -> None:
+    """The parent's name, and which controller's hierarchy is looked at."""
+    assert flags <= set(write_tree(tmp_path, fake(without=without)))
+
+
 def fake(tracepoint_args: int | None = 4, without: frozenset[str] | set[str] = frozenset()) -> Btf:
     """A kernel whose structs hold their fields one after the other."""
 
     class Fake:
         def field(self, struct_name: str, *names: str) -> Field:
-            known = [name for each in FIELDS.get(struct_name, (names,)) for name in each]
+            wanted = (FIELDS, *(who.fields for who in WHO.values()))
+            fields = [each for group in wanted for each in group.get(struct_name, ())]
+            known = [name for each in fields or [names] for name in each]
             for name in names:
                 if name not in without:
-                    return Field(name, 8 * known.index(name), 4, "u32 %s")
-            raise MissingAbilityError(f"no {struct_name}.{names[0]}")
+                    return Field(name.replace(".", "_"), 8 * known.index(name), 4, "u32 %s")
+            raise MissingAbilityError(f"no {struct_name}.{names[0]}: please report it")
+
+        def enumerator(self, enum_name: str, name: str) -> int | None:
+            return None if name in without else 4
 
         def tracepoint_args(self, name: str) -> int | None:
             return tracepoint_args

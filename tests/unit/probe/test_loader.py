@@ -113,7 +113,7 @@ def test_places_that_are_missing(
     """What a kernel does not have is left out, without its tick's timer all of it."""
     known = {path: at for path, at in (WHOLE | changes).items() if path[0] != without}
     made: Any = SimpleNamespace(percpu_offset=lambda *path: known.get(path))
-    assert percpu_places(made) == places
+    assert percpu_places(made, made) == places
 
 
 SOFTNET = {
@@ -152,4 +152,4 @@ def test_places_in_softnet_data(
 
     made: Any = SimpleNamespace(percpu_offset=lambda *path: known.get(path), field=field)
     more = {"flow_limit": 2020, "flow_count": 16} if limits else {}
-    assert percpu_places(made) == {"received_rps": 2008, "backlog": 2100} | places | more
+    assert percpu_places(made, made) == {"received_rps": 2008, "backlog": 2100} | places | more

@@ -80,6 +80,31 @@ def test_a_whole_stall() -> None:
     )
 
 
+WHO = {
+    "unit": "containerd.service",
+    "runtime": "cri-o",
+    "container_id": "ab" * 32,
+    "pod_uid": "aa-bb",
+    "cmdline": "cadvisor -port 8080",
+    "syscall": "read",
+    "file": "cgroup2:/kubepods/memory.stat",
+}
+
+
+def test_who() -> None:
+    """Unit, container and pod, the command line, and the file it works on."""
+    told = render(stall(blocker=blocker(**WHO)))
+    assert (
+        f"    unit containerd.service, container cri-o {'ab' * 32}, pod aa-bb\n"
+        "    command: cadvisor -port 8080\n"
+        "    in read() on cgroup2:/kubepods/memory.stat\n"
+    ) in told
+    unknown = dict.fromkeys(WHO) | {"container_id": "web", "syscall": "getppid"}
+    told = render(stall(blocker=blocker(**unknown)))
+    assert "policy other\n    container web\n    in getppid()\n    ksoftirqd" in told
+    assert "\x1b" not in render(stall(blocker=blocker(cmdline="\x1b[2J")))
+
+
 def test_brief() -> None:
     """Unknown things take no line, and a line that goes on says so."""
     bare = stall(

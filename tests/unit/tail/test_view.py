@@ -98,6 +98,11 @@ def test_who_the_blocker_belongs_to() -> None:
     assert "  unit       nginx.service\n  command    nginx: worker\n" in text(
         STALL | {"blocker": blocker}
     )
+    blocker |= {"syscall": "read", "file": "proc:/1/stat"}
+    assert "  command    nginx: worker\n  call       read() on proc:/1/stat\n" in text(
+        STALL | {"blocker": blocker}
+    )
+    assert "  call       read()\n" in text(STALL | {"blocker": blocker | {"file": None}})
     blocker |= {"container_id": "0123456789abcdef", "pod_uid": "aa-bb"}
     told = text(STALL | {"blocker": blocker})
     assert "  container  0123456789ab, pod aa-bb\n" in told

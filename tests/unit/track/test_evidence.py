@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from stalld.records import RecordType, Source, TickKind
+from stalld.records import RecordType, Source, TickKind, TickSample
 from stalld.rings import Polled
 from stalld.track import evidence
 from stalld.track.evidence import (
@@ -18,7 +18,7 @@ from stalld.track.evidence import (
     weigh,
 )
 from stalld.track.gather import Stall
-from stalld.track.model import Net, Observation
+from stalld.track.model import Net, Observation, Tick
 from stalld.track.verdict import Evidence
 from tests.unit.make import (
     MS,
@@ -331,6 +331,21 @@ def test_lookback() -> None:
     found = lookback(given, MadeHost().explain, 100 * MS)
     assert [each.sample for each in found] == [tick(-100), tick(-1, stack=()), tick(0)]
     assert [each.mode for each in found] == ["kernel", "user", "kernel"]
+
+
+def test_lookback_waits_to_be_asked() -> None:
+    """What nobody reads is not named; what is read twice is named once."""
+    asked: list[TickSample] = []
+
+    def explain(sample: TickSample) -> Tick:
+        asked.append(sample)
+        return Tick(sample, "kernel", ())
+
+    found = lookback(stall(before=[tick(-8), tick(-4)]), explain, 100 * MS)
+    assert asked == []
+    assert len(found) == 2
+    assert [each.sample for each in found[1:]] == [tick(-4)] == [found[-1].sample]
+    assert asked == [tick(-8), tick(-4)]
 
 
 def test_path() -> None:

@@ -1,0 +1,110 @@
+"""The whole table: every figure, ours, the reference, the goal; writes bench/RESULTS.md.
+
+    python -m bench [--only MODULE ...] [--results FILE]
+
+``make bench`` runs it. Some ten minutes on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bench import (
+    delivery,
+    flood,
+    found,
+    growth,
+    hot_path,
+    idle,
+    memory,
+    onset,
+    sched_pipe,
+    security,
+    startup,
+    throughput,
+)
+from bench.command import FAILURES, ready
+from bench.machine import describe, steal_s
+from bench.row import Row, table, unmeasured
+
+MODULES: Mapping[str, Callable[[], Sequence[Row]]] = {
+    "hot_path": hot_path.measure,
+    "sched_pipe": sched_pipe.measure,
+    "flood": flood.measure,
+    "idle": idle.measure,
+    "onset": onset.measure,
+    "delivery": delivery.measure,
+    "throughput": throughput.measure,
+    "startup": startup.measure,
+    "memory": memory.measure,
+    "growth": growth.measure,
+    "security": security.measure,
+    "found": found.measure,
+}
+RESULTS = Path(__file__).with_name("RESULTS.md")
+
+
+class Part(NamedTuple):
+    """What one module found, and what that took."""
+
+    name: str
+    rows: Sequence[Row]
+    seconds: float
+
+
+def part(name: str) -> Part:
+    """Run one module; what cannot be measured is a row too."""
+    began = time.monotonic()
+    try:
+        rows = MODULES[name]()
+    except FAILURES as error:
+        rows = [unmeasured(f"all of bench.{name}", " ".join(str(error).split())[:300])]
+    return Part(name, rows, time.monotonic() - began)
+
+
+def text(parts: Sequence[Part], machine: Sequence[str]) -> str:
+    """The file."""
+    rows = [row for one in parts for row in one.rows]
+    judged = [row.reached for row in rows if row.reached is not None]
+    took = ", ".join(f"{one.name} {one.seconds:.0f} s" for one in parts)
+    lines = [
+        "# Results",
+        "",
+        "Written by `make bench`, no figure by hand; [README.md](README.md) tells how they are "
+        "measured. In brackets stand the quartiles of the rounds.",
+        "",
+        *(f"- {fact}" for fact in machine),
+        f"- goals reached: {sum(judged)} of {len(judged)}",
+    ]
+    for one in parts:
+        lines += ["", f"## python -m bench.{one.name}", "", table(one.rows)]
+    lines += ["", f"It took {took}.", ""]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure everything. Whether the goals are reached is told by the table, not the status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", nargs="+", choices=MODULES, default=list(MODULES))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if not ready():
+        return 1
+    machine, stolen_s, parts = describe(), steal_s(), []
+    for name in options.only:
+        print(f"bench.{name} …", file=sys.stderr, flush=True)
+        parts.append(part(name))
+        print(table(parts[-1].rows), flush=True)
+    machine.append(f"the hypervisor took {steal_s() - stolen_s:.1f} s of CPU time meanwhile")
+    options.results.write_text(text(parts, machine))
+    print(f"written to {options.results}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Are stalls found, and told rightly? A short run of bench.fidelity and of bench.soak.
+
+    python -m bench.found [--stalls N] [--soak S] [--seed N]
+
+`make bench-fidelity` and `make bench-soak` are the long runs, which the goals mean; each row says
+how much this one rests on. Some of the goals want more certainty than a short run can give.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from bench.bpf import BenchError
+from bench.command import run
+from bench.fidelity.metrics import Share, Spread
+from bench.fidelity.report import Report, report
+from bench.fidelity.run import RunError
+from bench.fidelity.run import measure as inject
+from bench.row import Figure, Goal, Row, plain, row, unmeasured
+from bench.soak import false_stalls
+from bench.soak import run as soak
+from tests.kernel.daemon import THRESHOLD_MS
+
+STALLS, SOAK_S, SEED = 60, 60.0, 1
+RECALL = Goal(100, "%", at_least=True)
+NEARLY_ALL = Goal(99, "%", at_least=True)
+MEDIAN_ERROR = Goal(1, "ms")
+NO_FALSE_STALLS = Goal(0, "stalls")
+
+
+def measure(stalls: int = STALLS, soak_s: float = SOAK_S, seed: int = SEED) -> list[Row]:
+    """Both."""
+    return [*_fidelity(stalls, seed), *_soak(soak_s)]
+
+
+def _fidelity(stalls: int, seed: int) -> Iterator[Row]:
+    try:
+        judged = report(inject(stalls, seed))
+    except RunError as error:
+        raise BenchError(str(error)) from error
+    figures = judged.figures
+    steal = f", {figures.steal_ms:g} ms taken by the hypervisor" if figures.steal_ms else ""
+    why = f"{figures.counted} stalls that count, of {figures.injected}; seed {seed}{steal}"
+    shares = (
+        ("stalls found (recall)", figures.recall, RECALL),
+        ("blocker's thread right", figures.blame, NEARLY_ALL),
+        ("injector's function in the stack", figures.function, NEARLY_ALL),
+        ("verdict right", figures.verdict, None),
+    )
+    for name, share, goal in shares:
+        yield _share(name, share, goal, why)
+    yield from _errors(judged)
+    yield _share("stalls told that somebody else saw too (precision)", judged.precision, None, "")
+
+
+def _share(name: str, share: Share, goal: Goal | None, why: str) -> Row:
+    if share.percent is None:
+        return unmeasured(name, "none counted", goal)
+    text = f"{share.part} of {share.whole}: {share.percent:.1f} %"
+    return row(name, Figure(share.percent, text), goal=goal, why=why)
+
+
+def _errors(judged: Report) -> Iterator[Row]:
+    spread, tick_ms = judged.figures.duration_error_ms, judged.run.started["tick_ms"]
+    name, worst = "error of the duration, median", Goal(tick_ms, "ms")
+    if spread is None:
+        yield unmeasured(name, "no stall was found", MEDIAN_ERROR)
+        return
+    yield row(name, _error(spread, spread.p50), goal=MEDIAN_ERROR, why="without sign")
+    tick = plain(tick_ms, "ms: the tick")
+    yield row(
+        "error of the duration, greatest", _error(spread, spread.max), reference=tick, goal=worst
+    )
+
+
+def _error(spread: Spread, judged: float) -> Figure:
+    text = f"p50 {spread.p50:.2f}, p99 {spread.p99:.2f}, max {spread.max:.2f} ms"
+    return Figure(judged, text)
+
+
+def _soak(seconds: float) -> Iterator[Row]:
+    events, _ = soak(seconds, THRESHOLD_MS)
+    wrong = false_stalls(events, THRESHOLD_MS)
+    told = sum(e["event"] == "stall" and e["phase"] == "resolved" for e in events)
+    yield row(
+        "stalls that no evidence supports, under real load",
+        plain(len(wrong), "stalls"),
+        goal=NO_FALSE_STALLS,
+        why=f"{seconds:g} s of hackbench, dd, packets and stress-ng, threshold {THRESHOLD_MS:g} "
+        f"ms: {told} stalls told; {'; '.join(why for _, why in wrong[:3])}".rstrip("; "),
+    )
+
+
+if __name__ == "__main__":
+    options = ("stalls", STALLS, "injected that count"), ("soak_s", SOAK_S, "seconds of load")
+    sys.exit(run(__doc__, measure, *options, ("seed", SEED, "of the injected stalls")))

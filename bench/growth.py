@@ -1,0 +1,223 @@
+"""What costs more where there is more of something.
+
+    python -m bench.growth [--cpus N]
+
+Possible CPUs: the programs are really loaded for that many, and the kernel tells what each of
+their maps takes; what it keeps for each CPU of this machine, and the buffers that the daemon
+maps, are counted here and multiplied. Watched threads, stalls a second, readers of live events
+and the size of the kernel's symbol table are varied and measured. Cgroups are not among it: no
+file of theirs is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.bpf import attached_programs, empty, take_over
+from bench.command import run
+from bench.hot_path import pipe, rounds_of
+from bench.processes import Daemon, Piped, cpu_s, end
+from bench.row import Figure, Row, differences, plain, row, spread
+from stalld.enrich.kallsyms import Kallsyms
+from stalld.probe.btf import VMLINUX_BTF
+from stalld.probe.client import ProbeChild, bpf_directory, possible_cpus
+from stalld.probe.protocol import Request
+from stalld.reader import online_cpus
+from tests.injector.records import RecordSource
+from tests.kernel.daemon import COMMAND
+from tests.kernel.daemon import STALLED_CPU as CPU
+
+CPUS = 256
+RATES = (10, 100, 1000)
+SECONDS = 2.0
+TAILS = 8
+TAILED_RATE = 200
+ROUNDS = 4
+
+
+def measure(cpus: int = CPUS) -> list[Row]:
+    """A row for each kind of growth."""
+    return [*of_cpus(cpus), *watched_threads(), *stalls_per_second(), *readers(), *symbols()]
+
+
+class Loaded(NamedTuple):
+    """The programs, loaded for a number of CPUs: KiB of each map, of which per CPU here, ms."""
+
+    kib: dict[str, float]
+    percpu_kib: float
+    took_ms: float
+
+
+def of_cpus(cpus: int) -> Iterator[Row]:
+    """Memory and start-up."""
+    here = possible_cpus()
+    small, large = _loaded(here), _loaded(cpus)
+    # Per-CPU maps are as large as this machine has CPUs, whatever the programs are made for.
+    kib = sum(large.kib.values()) + large.percpu_kib * (cpus / here - 1)
+    largest = sorted(large.kib, key=lambda name: -large.kib[name])[:3]
+    yield row(
+        f"BPF maps for {cpus} possible CPUs",
+        _mib(kib),
+        reference=plain(round(sum(small.kib.values()) / 1024, 1), f"MiB for {here}"),
+        why=f"{kib / cpus:.0f} KiB for each CPU; most in {', '.join(largest)}",
+    )
+    yield row(
+        f"compile and attach for {cpus} possible CPUs",
+        plain(round(large.took_ms), "ms"),
+        reference=plain(round(small.took_ms), f"ms for {here}"),
+    )
+    with Daemon() as daemon:
+        kib, descriptors = _buffers(daemon.pid)
+    online = len(online_cpus())
+    yield row(
+        f"perf buffers of {cpus} CPUs",
+        _mib(kib / online * cpus),
+        reference=plain(round(kib / 1024, 1), f"MiB of {online}"),
+        why=f"{kib / online:.0f} KiB and {descriptors / online:g} descriptors for each CPU",
+    )
+
+
+def _loaded(cpus: int) -> Loaded:
+    request = Request(cpus, str(bpf_directory()), VMLINUX_BTF, nmi="never")
+    probes = ProbeChild(request).result()
+    try:
+        used = {
+            number
+            for program in _bpftool("prog")
+            if program["id"] in attached_programs(os.getpid())
+            for number in program.get("map_ids", [])
+        }
+        maps = [one for one in _bpftool("map") if one["id"] in used]
+        took_ms = probes.description.compile_ms + probes.description.attach_ms
+    finally:
+        probes.close()
+    kib = {one.get("name", "?"): one["bytes_memlock"] / 1024 for one in maps}
+    percpu = sum(one["bytes_memlock"] for one in maps if "percpu" in one["type"]) / 1024
+    return Loaded(kib, percpu, took_ms)
+
+
+def _bpftool(kind: str) -> list[dict[str, Any]]:
+    command = ["bpftool", "--json", kind, "show"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    listed: list[dict[str, Any]] = json.loads(done.stdout)
+    return listed
+
+
+def _buffers(pid: int) -> tuple[float, int]:
+    """KiB of mapped perf buffers, and how many descriptors of perf events there are."""
+    kib = 0.0
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        if line.endswith("[perf_event]"):
+            first, last = (int(number, 16) for number in line.split()[0].split("-"))
+            kib += (last - first) / 1024
+    links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+    return kib, sum(link.endswith("[perf_event]") for link in links)
+
+
+def watched_threads() -> Iterator[Row]:
+    """What a wake-up costs while few and while all kernel threads are watched."""
+    with ExitStack() as stack:
+        threads, sides = {}, {"empty": stack.enter_context(empty(["sched_wakeup"]))}
+        for side, settings in (("few", ""), ("all", 'detect.kthreads = ["*"]')):
+            with Daemon(settings) as daemon:
+                threads[side] = daemon.started["kthreads"]
+                sides[side] = stack.enter_context(take_over(daemon.process))
+        (means,) = rounds_of(sides, [lambda: pipe(1.0)], ROUNDS)
+    few, many = means["sched_wakeup"]["few"], means["sched_wakeup"]["all"]
+    yield row(
+        f"a run of sched_wakeup, {threads['all']} threads watched",
+        spread(many, "ns"),
+        reference=spread(few, "ns"),
+        against=differences(many, few, "ns"),
+        why=f"the reference watches {threads['few']}, as by default",
+    )
+
+
+def stalls_per_second() -> Iterator[Row]:
+    """CPU time of the daemon, which tells each one."""
+    with Daemon() as daemon, RecordSource(daemon.pid, CPU) as source:
+        for rate in RATES:
+            each_us = _each_us(daemon, source, rate)
+            yield row(
+                f"CPU time at {rate} stalls/s, each told",
+                plain(round(each_us * rate / 1e4, 2), "% of a core"),
+                why=f"{each_us:.0f} us for each",
+            )
+
+
+def _each_us(daemon: Piped, source: RecordSource, rate: int) -> float:
+    used = cpu_s(daemon.pid)
+    # The last ones are read a moment later.
+    sent = source.flow(rate, SECONDS, burst=max(1, rate // 100))
+    time.sleep(0.3)
+    return (cpu_s(daemon.pid) - used) * 1e6 / max(1, sent.sent)
+
+
+def readers() -> Iterator[Row]:
+    """CPU time of the daemon for a line, with and without readers of live events, in turn."""
+    alone, tailed = [], []
+    with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
+        socket = Path(work, "live.sock")
+        base = (
+            "storm.stalls_per_second = 1000\nstorm.identical_per_minute = 10000\n"
+            f"[live]\nsocket = '{socket}'\ngroup = ''\n"
+        )
+        daemon = stack.enter_context(Daemon(base=base))
+        source = stack.enter_context(RecordSource(daemon.pid, CPU))
+        for _ in range(ROUNDS):
+            alone.append(_each_us(daemon, source, TAILED_RATE))
+            with _tails(socket):
+                tailed.append(_each_us(daemon, source, TAILED_RATE))
+    yield row(
+        f"CPU time for a stall, {TAILS} readers of live events",
+        spread(tailed, "us"),
+        reference=spread(alone, "us"),
+        against=differences(tailed, alone, "us"),
+        why=f"at {TAILED_RATE} stalls/s; the reference has none",
+    )
+
+
+@contextmanager
+def _tails(socket: Path) -> Iterator[None]:
+    command = [COMMAND, "tail", "--json", "--socket", str(socket)]
+    with ExitStack() as stack:
+        for _ in range(TAILS):
+            stack.callback(end, subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        time.sleep(1.5)
+        yield
+
+
+def symbols() -> Iterator[Row]:
+    """Reading the kernel's symbols at start, all and half of them."""
+    lines = Path("/proc/kallsyms").read_bytes().splitlines(keepends=True)
+    with tempfile.TemporaryDirectory() as work:
+        took = [_read_ms(Path(work, "symbols"), part) for part in (lines, lines[::2])]
+    yield row(
+        f"reading {len(lines)} symbols of the kernel",
+        plain(round(took[0]), "ms"),
+        reference=plain(round(took[1]), "ms for half of them"),
+    )
+
+
+def _read_ms(path: Path, lines: Sequence[bytes]) -> float:
+    path.write_bytes(b"".join(lines))
+    began = time.process_time()
+    Kallsyms.load(str(path))
+    return (time.process_time() - began) * 1e3
+
+
+def _mib(kib: float) -> Figure:
+    return plain(round(kib / 1024, 1), "MiB")
+
+
+if __name__ == "__main__":
+    sys.exit(run(__doc__, measure, ("cpus", CPUS, "that a large machine may have")))

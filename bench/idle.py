@@ -1,0 +1,139 @@
+"""What an idle machine pays: interrupts, context switches, and the daemon's own CPU time.
+
+    python -m bench.idle [--rounds N] [--seconds S]
+
+Takes turns without and with a daemon that has nothing to tell. All interrupts of all CPUs are
+counted (/proc/interrupts), so whatever else the machine does is in both; the daemon's own
+wake-ups are counted exactly, each of which costs an interrupt at most.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.command import run
+from bench.processes import Daemon, cpu_s, switches
+from bench.row import Figure, Goal, Row, differences, plain, row, spread
+
+ROUNDS, SECONDS = 2, 30.0
+SETTLE_S = 3.0
+"""After a start and after an end."""
+CPU_GOAL = Goal(0.05, "% of a core")
+INTERRUPTS_GOAL = "0 /s"
+RESTLESS = 0.05
+"""Where the interrupts of an idle machine differ by more than this part, it is not idle."""
+
+
+class Counts(NamedTuple):
+    """Of the whole machine, ever."""
+
+    interrupts: int
+    switches: int
+
+
+class Quiet(NamedTuple):
+    """A second of the machine, and of the daemon where one runs."""
+
+    interrupts: float
+    switches: float
+    cpu_percent: float = 0.0
+    wakeups: float = 0.0
+
+
+def counts(proc: str = "/proc") -> Counts:
+    """Now."""
+    lines = Path(f"{proc}/interrupts").read_text().splitlines()
+    cpus = len(lines[0].split())
+    total = 0
+    for line in lines[1:]:
+        _, _, numbers = line.partition(":")
+        total += sum(int(n) for n in numbers.split()[:cpus] if n.isdigit())
+    for line in Path(f"{proc}/stat").read_text().splitlines():
+        if line.startswith("ctxt "):
+            return Counts(total, int(line.split()[1]))
+    raise OSError(f"{proc}/stat has no ctxt")
+
+
+def watch(seconds: float, pid: int | None = None) -> Quiet:
+    """Sleep, and tell what happened meanwhile."""
+    time.sleep(SETTLE_S)
+    used, woken = (cpu_s(pid), switches(pid)) if pid else (0.0, 0)
+    before, began = counts(), time.monotonic()
+    time.sleep(seconds)
+    took, after = time.monotonic() - began, counts()
+    interrupts = (after.interrupts - before.interrupts) / took
+    changes = (after.switches - before.switches) / took
+    if not pid:
+        return Quiet(interrupts, changes)
+    cpu_percent = (cpu_s(pid) - used) / took * 100
+    return Quiet(interrupts, changes, cpu_percent, (switches(pid) - woken) / took)
+
+
+def measure(rounds: int = ROUNDS, seconds: float = SECONDS) -> list[Row]:
+    """CPU time, wake-ups, interrupts and context switches."""
+    without, with_it = [], []
+    for _ in range(rounds):
+        without.append(watch(seconds))
+        with Daemon() as daemon:
+            with_it.append(watch(seconds, daemon.pid))
+    told = f"{rounds} rounds of {seconds:g} s each way"
+    return [
+        row(
+            "CPU time of the quiet daemon",
+            spread([one.cpu_percent for one in with_it], "% of a core"),
+            goal=CPU_GOAL,
+            why=told,
+        ),
+        row(
+            "wake-ups of the quiet daemon's threads, each an interrupt at most",
+            _per_minute(with_it),
+            why="counted exactly (/proc/PID/task/*/status)",
+        ),
+        _interrupts(without, with_it, told),
+        _compared("context switches on an idle machine", "switches", without, with_it),
+    ]
+
+
+def _per_minute(quiet: list[Quiet]) -> Figure:
+    return plain(round(sum(one.wakeups for one in quiet) / len(quiet) * 60, 1), "a minute")
+
+
+def _interrupts(without: list[Quiet], with_it: list[Quiet], told: str) -> Row:
+    made = _compared("interrupts on an idle machine", "interrupts", without, with_it)
+    alone = [one.interrupts for one in without]
+    more = [a.interrupts - b.interrupts for a, b in zip(with_it, without, strict=True)]
+    noise = max(alone) - min(alone)
+    restless = len(alone) < 2 or noise > RESTLESS * max(alone)
+    rule = (
+        f"nothing can be said: without the daemon {len(alone)} rounds differ by {noise:.0f} /s, so "
+        "this machine is not idle"
+        if restless
+        else f"{told}; reached: no more than the rounds without it differ among themselves "
+        f"({noise:.1f} /s), or than 1 /s"
+    )
+    return made._replace(
+        goal=INTERRUPTS_GOAL,
+        reached=None if restless else sum(more) / len(more) <= max(noise, 1.0),
+        why=rule,
+    )
+
+
+def _compared(name: str, what: str, without: list[Quiet], with_it: list[Quiet]) -> Row:
+    ours, theirs = ([getattr(one, what) for one in side] for side in (with_it, without))
+    return row(
+        name,
+        spread(ours, "/s"),
+        reference=spread(theirs, "/s"),
+        against=differences(ours, theirs, "/s"),
+    )
+
+
+if __name__ == "__main__":
+    options = (
+        ("rounds", ROUNDS, "of both"),
+        ("seconds", SECONDS, "of each; the daemon looks for new kernel threads every 30 s"),
+    )
+    sys.exit(run(__doc__, measure, *options))

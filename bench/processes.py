@@ -1,0 +1,345 @@
+"""What runs beside a measurement: our daemon, other tools, and what they use up."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from bench.bpf import BenchError, Programs, take_over
+from tests.kernel.daemon import COMMAND, STALLED_CPU, UNLIMITED
+
+ROOT = Path(__file__).parents[1]
+START_TIMEOUT_S = 30.0
+_FIFO_PRIORITY = 1
+_END_S = 10.0
+
+Event = dict[str, Any]
+
+
+class Chunk(NamedTuple):
+    """What one read from a pipe gave, and when (CLOCK_MONOTONIC)."""
+
+    read_ns: int
+    data: bytes
+
+
+class Lines:
+    """Reads a pipe in a real-time thread, so that it knows when something was written.
+
+    It stays off the stalled CPU, and parses nothing before it is asked.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._chunks: list[Chunk] = []
+        self.bytes = 0
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, allowed - {STALLED_CPU} or allowed)
+        with suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_FIFO_PRIORITY))
+        while data := os.read(self._fd, 1 << 20):
+            self._chunks.append(Chunk(time.monotonic_ns(), data))
+            self.bytes += len(data)
+
+    def join(self) -> None:
+        """Wait for the end of the pipe."""
+        self._thread.join(_END_S)
+
+    def count(self, needle: bytes) -> int:
+        """How often that stands in what has come; not across two reads."""
+        return sum(chunk.data.count(needle) for chunk in self._chunks)
+
+    def events(self, since: int = 0) -> list[Event]:
+        """All whole lines, parsed; ``read_ns`` is when the line's end came.
+
+        Args:
+            since: chunks to pass over, as :meth:`mark` told.
+        """
+        found, rest = [], b""
+        for chunk in self._chunks[since:]:
+            *whole, rest = (rest + chunk.data).split(b"\n")
+            for line in whole:
+                event: Event = json.loads(line)
+                event["read_ns"] = chunk.read_ns
+                found.append(event)
+        return found
+
+    def mark(self) -> int:
+        """Where :meth:`events` may begin later."""
+        return len(self._chunks)
+
+
+class Piped:
+    """A process whose standard output is read, in ``with`` once it has said something.
+
+    Attributes:
+        ready_s: from its start until it said so.
+    """
+
+    def __init__(
+        self,
+        *command: str,
+        cwd: Path = ROOT,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self._command = command
+        self._cwd = cwd
+        self._environment = environment
+        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115
+
+    def __enter__(self) -> Self:
+        began = time.monotonic()
+        self.process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            cwd=self._cwd,
+            env=self._environment,
+        )
+        assert self.process.stdout is not None
+        self.lines = Lines(self.process.stdout.fileno())
+        try:
+            while not self.lines.bytes:
+                if self.process.poll() is not None or time.monotonic() > began + START_TIMEOUT_S:
+                    raise BenchError(f"{self._command[-1]} does not start: {self._said()}")
+                time.sleep(0.001)
+        except BaseException:
+            self.close()
+            raise
+        self.ready_s = time.monotonic() - began
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self.process.pid
+
+    def stop(self, number: int = signal.SIGTERM) -> list[Event]:
+        """End it in order; all it said."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        if self.process.wait(_END_S):
+            raise BenchError(f"{self._command[-1]} failed: {self._said()}")
+        self.lines.join()
+        return self.lines.events()
+
+    def close(self) -> None:
+        """End it in any case; may be called twice."""
+        end(self.process)
+        self.lines.join()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self._log.close()
+
+    def _said(self) -> str:
+        size = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), size, 0).decode().strip()
+
+
+class Daemon(Piped):
+    """A real ``softirq-stalld run``, ready.
+
+    Args:
+        settings: of the configuration, before what it is based on.
+        base: as tests have it by default: nothing is folded, and no live socket.
+        checkout: of which; this one's without.
+    """
+
+    def __init__(
+        self, settings: str = "", *, base: str | None = None, checkout: Path | None = None
+    ) -> None:
+        base = Path(UNLIMITED).read_text() if base is None else base
+        self._config = tempfile.NamedTemporaryFile("w", suffix=".toml")  # noqa: SIM115
+        self._config.write(f"{settings}\n{base}")
+        self._config.flush()
+        run = ("run", "--config", self._config.name)
+        if checkout is None:
+            super().__init__(COMMAND, *run)
+        else:
+            environment = {**os.environ, "PYTHONPATH": str(checkout)}
+            command = sys.executable, "-m", "stalld.cli", *run
+            super().__init__(*command, cwd=checkout, environment=environment)
+
+    @property
+    def started(self) -> Event:
+        """Its first event."""
+        return self.lines.events()[0]
+
+    def close(self) -> None:
+        """End it in any case; may be called twice."""
+        super().close()
+        self._config.close()
+
+
+class Tool:
+    """Another program, in ``with`` once it has said so.
+
+    Its output is a terminal, so that it is not held back.
+
+    Args:
+        ready: in its output, once everything is attached.
+    """
+
+    def __init__(self, *command: str, ready: bytes) -> None:
+        self._command = command
+        self._ready = ready
+
+    def __enter__(self) -> Self:
+        ours, theirs = pty.openpty()
+        began = time.monotonic()
+        with tempfile.TemporaryFile() as log:
+            self.process = subprocess.Popen(
+                self._command, stdout=theirs, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT
+            )
+            os.close(theirs)
+            try:
+                self._wait(ours, began + START_TIMEOUT_S)
+            except BenchError as error:
+                os.close(ours)
+                end(self.process)
+                log.seek(0)
+                said = log.read().decode(errors="replace").strip().splitlines()[-1:]
+                raise BenchError(f"{error}: {' '.join(said)}") from None
+        self.ready_s = time.monotonic() - began
+        self._drain = threading.Thread(target=_drain, args=(ours,), daemon=True)
+        self._drain.start()
+        return self
+
+    def _wait(self, fd: int, deadline: float) -> None:
+        said = b""
+        with suppress(OSError):  # EIO: its other end is closed.
+            while self._ready not in said and time.monotonic() < deadline:
+                if select.select([fd], [], [], 0.1)[0]:
+                    said += os.read(fd, 1 << 16)
+        if self._ready not in said:
+            raise BenchError(f"{self._command[0]} does not start")
+
+    def __exit__(self, *_: object) -> None:
+        end(self.process)
+        self._drain.join(_END_S)
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self.process.pid
+
+
+def _drain(fd: int) -> None:
+    with suppress(OSError):
+        while os.read(fd, 1 << 16):
+            pass
+    os.close(fd)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ask it to end, then insist."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def tool(name: str, package: str = "libbpf-tools") -> str:
+    """Path of a tool.
+
+    Raises:
+        BenchError: it is not installed.
+    """
+    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin")
+    if not found:
+        raise BenchError(f"{name} is not installed: apt install {package}")
+    return found
+
+
+def runqslower() -> Tool:
+    """libbpf-tools' own, at our threshold."""
+    return Tool(tool("runqslower"), "10000", ready=b"Tracing")
+
+
+def softirqs() -> Tool:
+    """libbpf-tools' own; it sums up once an hour."""
+    return Tool(tool("softirqs"), "3600", ready=b"Tracing")
+
+
+def bcc_tool(*arguments: str) -> Piped:
+    """A tool in Python on bcc, in the manner of all of them: see bench/bcc_tool.py."""
+    return Piped(sys.executable, "-m", "bench.bcc_tool", *arguments)
+
+
+def our_programs(settings: str = "", checkout: Path | None = None) -> Programs:
+    """Those of a daemon that was started for them, and is gone."""
+    with Daemon(settings, checkout=checkout) as daemon:
+        return take_over(daemon.process)
+
+
+def programs_of(other: Tool) -> Programs:
+    """Likewise, of another program."""
+    with other:
+        return take_over(other.process)
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time of all threads of a process so far, to the nanosecond."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError):  # The thread has ended.
+            total += int((task / "schedstat").read_text().split()[0])
+    return total / 1e9
+
+
+def switches(pid: int) -> int:
+    """How often its threads gave up or lost the CPU so far: once for each wake-up at least."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError):
+            for line in (task / "status").read_text().splitlines():
+                if "ctxt_switches" in line:
+                    total += int(line.split()[1])
+    return total
+
+
+def memory_mib(pid: int) -> tuple[float, float]:
+    """Resident memory, and its share of it (Pss), in MiB."""
+    sizes = {}
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+        name, value, *_ = line.split()
+        sizes[name] = int(value) / 1024
+    return sizes["Rss:"], sizes["Pss:"]
+
+
+@contextmanager
+def loaded(cpus: Sequence[int]) -> Iterator[None]:
+    """An ordinary task that never sleeps on each of these CPUs meanwhile."""
+    script = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
+    burners = [subprocess.Popen([sys.executable, "-c", script, str(cpu)]) for cpu in cpus]
+    try:
+        time.sleep(0.3)
+        yield
+    finally:
+        for burner in burners:
+            burner.send_signal(signal.SIGKILL)
+            burner.wait()

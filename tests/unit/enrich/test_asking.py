@@ -1,0 +1,216 @@
+"""Asking /proc: what it says, and that nobody waits for it longer than told."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from stalld.enrich import procfs
+from stalld.enrich.asking import MAX_QUESTIONS, WAIT_S, Answer, Asking, Question, Unknown
+from stalld.enrich.identity import Asked
+from stalld.enrich.procfs import GoneError, find_cgroup, read_task, unified_mount
+
+Tell = Callable[[Asked], None]
+FULL = Asked(b"a\0", 1, 2, b"p", None, (b"/x",))
+SLACK_S = 0.05
+"""Another process may have the CPU."""
+
+
+def question(seq: int = 1, cgroup_id: int | None = None) -> Question:
+    """Of the stall ``seq``."""
+    return Question(0, seq, 100, 101, b"spinner", cgroup_id)
+
+
+def eventually(asking: Asking, wanted: Unknown | None, seq: int = 1) -> Answer:
+    """The answer that a later line gets."""
+    deadline = time.monotonic() + 5
+    while (known := asking.answer(question(seq))).unknown is not wanted:
+        assert time.monotonic() < deadline, known
+        time.sleep(0.005)
+    return known
+
+
+class Proc:
+    """Answers when it is let."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.asked = 0
+        self.error: Exception | None = None
+
+    def __call__(self, tgid: int, tid: int, comm: bytes, tell: Tell) -> None:
+        """Tell a part, wait, tell the rest."""
+        self.asked += 1
+        if self.error:
+            raise self.error
+        tell(Asked(uid=1))
+        self.go.wait(10)
+        tell(FULL)
+
+
+@pytest.fixture
+def proc() -> Proc:
+    """It hangs until told otherwise."""
+    return Proc()
+
+
+@pytest.fixture
+def asking(proc: Proc) -> Iterator[Asking]:
+    """The thread, ended with the test."""
+    made = Asking(proc, lambda wanted: b"/found" if wanted == 7 else None)
+    yield made
+    proc.go.set()
+    made.close()
+
+
+def test_at_once(asking: Asking, proc: Proc) -> None:
+    """What comes soon is in the first line."""
+    proc.go.set()
+    assert eventually(asking, None) == Answer(FULL, None)
+    assert proc.asked == 1
+
+
+def test_too_late(asking: Asking, proc: Proc) -> None:
+    """The first line has what was there in time, a later one all; the reason is counted."""
+    begun = time.monotonic()
+    known = asking.answer(question())
+    assert time.monotonic() - begun < WAIT_S + SLACK_S
+    assert known.unknown is Unknown.LATE
+    assert known.asked in (Asked(), Asked(uid=1))
+    proc.go.set()
+    assert eventually(asking, None).asked == FULL
+    assert asking.counts["late"] >= 1
+    assert asking.longest_wait_s < WAIT_S + SLACK_S
+
+
+def test_one_that_hangs_delays_nobody(asking: Asking, proc: Proc) -> None:
+    """While a question has no answer nothing is waited for, and the queue has an end."""
+    asking.answer(question())
+    while not proc.asked:
+        time.sleep(0.001)
+    begun = time.monotonic()
+    for seq in range(2, 200):
+        assert asking.answer(question(seq)).unknown is Unknown.BUSY
+    assert time.monotonic() - begun < 198 * WAIT_S / 2
+    assert asking.counts["busy"] == 198
+    proc.go.set()
+    eventually(asking, None, seq=MAX_QUESTIONS)
+    assert proc.asked <= MAX_QUESTIONS + 1
+
+
+def test_waits_are_rare(asking: Asking, proc: Proc) -> None:
+    """A storm of stalls that each would wait does not: a small part of the time at most."""
+    waited = 0
+    for seq in range(1, 9):
+        asking._working = False  # As if the one before had been answered.
+        asking._questions.clear()
+        begun = time.monotonic()
+        asking.answer(question(seq))
+        waited += time.monotonic() - begun >= WAIT_S
+    assert waited <= 2
+
+
+@pytest.mark.parametrize(
+    ("error", "unknown"),
+    [(GoneError(), Unknown.GONE), (PermissionError(), Unknown.DENIED)],
+)
+def test_errors(asking: Asking, proc: Proc, error: Exception, unknown: Unknown) -> None:
+    """A task that is gone is said to be, and so is one that is hidden."""
+    proc.error = error
+    assert eventually(asking, unknown).asked == Asked()
+
+
+def test_the_cgroup_of_one_that_is_gone(asking: Asking, proc: Proc) -> None:
+    """It is looked for by its number, and remembered."""
+    proc.error = GoneError()
+    for seq in (1, 2):
+        deadline = time.monotonic() + 5
+        while asking.answer(question(seq, 7)).asked.cgroups != (b"/found",):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+def test_ourselves() -> None:
+    """The real /proc: what it says of this process."""
+    told: list[Asked] = []
+    comm = Path("/proc/self/comm").read_bytes().rstrip(b"\n")
+    read_task(os.getpid(), os.getpid(), comm, told.append)
+    known = told[-1]
+    assert known.args is not None
+    assert known.args[:9] == Path("/proc/self/cmdline").read_bytes()[:9]
+    assert (known.uid, known.parent_pid) == (os.getuid(), os.getppid())
+    assert known.cgroups
+    assert [t.args for t in told[:-1]] == [None] * (len(told) - 1)
+
+
+def test_somebody_else() -> None:
+    """A number that another task has by now is not that task."""
+    with pytest.raises(GoneError):
+        read_task(os.getpid(), os.getpid(), b"somebody", lambda asked: None)
+    with pytest.raises(GoneError):
+        read_task(2**22 + 1, 2**22 + 1, b"x", lambda asked: None)
+
+
+def made_proc(root: Path, cgroup: str) -> str:
+    """A /proc with one process."""
+    own = root / "10"
+    (own / "task/11").mkdir(parents=True)
+    (own / "task/11/comm").write_text("spinner\n")
+    (own / "status").write_text("Name:\tx\nPPid:\t3\nUid:\t5\t5\t5\t5\nNSpid:\t10\t4\n")
+    (own / "cgroup").write_text(cgroup)
+    (own / "cmdline").write_bytes(b"a\0b\0")
+    (root / "3").mkdir()
+    (root / "3/comm").write_text("shim\n")
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "paths"),
+    [
+        ("0::/a.service\n", (b"/a.service",)),
+        (
+            "5:memory:/docker/x\n3:cpu,cpuacct:/y:z\n1:name=systemd:/s\n0::/u (deleted)\n",
+            (b"/u", b"/docker/x", b"/y:z", b"/s"),
+        ),
+        ("4:freezer:/\n", ()),
+        ("", ()),
+    ],
+)
+def test_another_proc(tmp_path: Path, cgroup: str, paths: tuple[bytes, ...]) -> None:
+    """Every field, and the hierarchies that tell most, in that order."""
+    told: list[Asked] = []
+    read_task(10, 11, b"spinner", told.append, made_proc(tmp_path, cgroup))
+    assert told[-1] == Asked(b"a\0b\0", 5, 3, b"shim", 4, paths)
+
+
+def test_mounts(tmp_path: Path) -> None:
+    """The unified hierarchy is found wherever it is mounted as a whole."""
+    (tmp_path / "self").mkdir()
+    info = tmp_path / "self/mountinfo"
+    assert unified_mount(str(tmp_path)) is None
+    info.write_text(
+        "30 24 0:26 / /sys/fs/cgroup ro - tmpfs tmpfs ro\n"
+        "31 30 0:27 /part /mnt rw shared:9 - cgroup2 cgroup2 rw\n"
+        "31 30 0:27 / /sys/fs/cgroup/a\\040b rw shared:9 - cgroup2 cgroup2 rw\n"
+    )
+    assert unified_mount(str(tmp_path)) == "/sys/fs/cgroup/a b"
+
+
+def test_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By inode, at any depth; what is not there, or too far, is None."""
+    deep = tmp_path / "a.slice/b\udcff.scope"
+    deep.mkdir(parents=True)
+    (tmp_path / "file").touch()
+    mount = str(tmp_path)
+    assert find_cgroup(mount, deep.stat().st_ino) == b"/a.slice/b\xff.scope"
+    assert find_cgroup(mount, tmp_path.stat().st_ino) == b"/"
+    assert find_cgroup(mount, (tmp_path / "file").stat().st_ino) is None
+    assert find_cgroup(mount, 2**63) is None
+    assert find_cgroup(str(tmp_path / "none"), 5) is None
+    monkeypatch.setattr(procfs, "SCANNED_MAX", 0)
+    assert find_cgroup(mount, deep.stat().st_ino) is None

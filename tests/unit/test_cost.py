@@ -1,0 +1,69 @@
+"""What a record costs in Python, in figures that are the same on every machine.
+
+Times are the bench's affair. More than these bounds means that somebody has put work on the path
+of every record: take it off again, or raise the bound knowingly.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from types import FrameType
+
+from tests.unit.whole_path import WholePath
+
+MAX_CALLS = {"ongoing": 460, "resolved": 2400}
+"""From the raw record to the line: calls of Python and of C functions."""
+MAX_BLOCKS = 16
+"""Memory blocks that stay for each stall: what is known of it for the minute in which the next
+ones may be folded."""
+WARM = 20
+STALLS = 40
+
+
+def calls(path: WholePath, record: bytes) -> int:
+    """How many functions are called until the line is made."""
+    counted = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal counted
+        counted += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        path.pipeline.take(record)
+    finally:
+        sys.setprofile(None)
+    return counted
+
+
+def test_calls_for_a_line(tmp_path: Path) -> None:
+    """Each phase's line takes a bounded number of calls, nearly the same for each stall."""
+    path = WholePath(tmp_path)
+    found = []
+    for number in range(1, WARM + 3):
+        sample, end = path.stall(number)
+        found.append({"ongoing": calls(path, sample), "resolved": calls(path, end)})
+    first, last = json.loads(path.lines[-2]), json.loads(path.lines[-1])
+    assert (first["phase"], last["phase"]) == ("ongoing", "resolved")
+    assert len(last["lookback"]) >= 8
+    # A few more or fewer, as the length of a number makes a digit more.
+    for phase, most in MAX_CALLS.items():
+        assert abs(found[-1][phase] - found[-2][phase]) <= most / 50
+    assert {phase: n for phase, n in found[-1].items() if n > MAX_CALLS[phase]} == {}
+
+
+def test_blocks_that_stay(tmp_path: Path) -> None:
+    """A stall leaves little behind, lines not counted."""
+    path = WholePath(tmp_path)
+    for number in range(1, WARM + STALLS + 1):
+        if number == WARM + 1:
+            gc.collect()
+            before = sys.getallocatedblocks()
+        for record in path.stall(number):
+            path.pipeline.take(record)
+        path.lines.clear()
+    gc.collect()
+    assert (sys.getallocatedblocks() - before) / STALLS <= MAX_BLOCKS

@@ -1,0 +1,94 @@
+"""What the runner of the guests decides without a guest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.vm import outcome, report
+from tests.vm.fetch import Archive
+from tests.vm.kernels import KernelsError, chosen, supported
+
+REPORT = """\
+<testsuites><testsuite name="pytest">
+<testcase classname="tests.vm.guest_tests.test_each_kind" name="test_softirq_hog" time="5.1"/>
+<testcase classname="tests.kernel.test_check" name="test_table" time="1">
+<failure message="assert 1 == 2&#10;and more">trace</failure></testcase>
+<testcase classname="tests.kernel.test_symbols" name="test_known_function" time="0">
+<skipped message="hidden"/></testcase>
+</testsuite></testsuites>
+"""
+
+
+class Names(Archive):
+    """An archive with these packages."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(Path("/nowhere"), ["bookworm"])
+        self._names = names
+
+    def _run(self, *command: str, where: Path | None = None) -> str:
+        return "\n".join(self._names)
+
+
+def test_the_list_is_whole() -> None:
+    """Each kernel of the list has a name of its own and, but for the running one, suites."""
+    names = [kernel.name for kernel in supported()]
+    assert len(set(names)) == len(names)
+    assert [kernel.name for kernel in supported() if not kernel.suites] == ["running"]
+    assert [kernel.name for kernel in chosen(["6.1"])] == ["6.1"]
+    assert chosen([]) == supported()
+    with pytest.raises(KernelsError, match=r"no kernel 4\.9"):
+        chosen(["4.9"])
+
+
+def test_newest_generic_image() -> None:
+    """The newest version by its numbers; no cloud, real-time, unsigned or debug flavour."""
+    archive = Names(
+        "linux-image-6.1.0-9-amd64",
+        "linux-image-6.1.0-50-amd64",
+        "linux-image-6.1.0-51-cloud-amd64",
+        "linux-image-6.1.0-51-rt-amd64",
+        "linux-image-6.1.0-51-amd64-unsigned",
+        "linux-image-6.1.0-51-amd64-dbg",
+        "linux-image-6.12.117+deb13-amd64",
+        "linux-image-7.2.13+deb14-amd64",
+        "linux-image-7.3-amd64",
+    )
+    assert archive.newest_image("6.1") == "6.1.0-50-amd64"
+    assert archive.newest_image("6.12") == "6.12.117+deb13-amd64"
+    assert archive.newest_image("7") == "7.3-amd64"
+    with pytest.raises(KernelsError, match=r"no kernel 5\.10 in bookworm"):
+        archive.newest_image("5.10")
+
+
+def test_nothing_came_back(tmp_path: Path) -> None:
+    """A guest that left nothing is a failure, whatever its exit status."""
+    done = outcome.read("6.1", tmp_path, None, 3.0)
+    assert not done.good
+    assert done.failed is not None
+    assert "NOT GOOD: did not boot" in report.summary(done)
+
+
+def test_outcome(tmp_path: Path) -> None:
+    """Tests, check and times are read back, and each has its place in the matrix."""
+    (tmp_path / "outcome.json").write_text(
+        '{"release": "6.1.0-50-amd64", "emulated": true, "check_s": 30, "seconds": 90, "check":'
+        '{"can_run": true, "verdict": "degraded", "summary": "degraded: steal clock (degraded)",'
+        '"serves_inline": false, "items": [{"name": "steal clock", "state": "degraded",'
+        '"detail": "none", "effect": "less is told"}]}}'
+    )
+    (tmp_path / "kinds.xml").write_text(REPORT)
+    done = outcome.read("6.1", tmp_path, None, 100.0)
+    assert [case.result for case in done.cases] == ["passed", "failed", "skipped"]
+    assert done.cases[1].reason == "assert 1 == 2"
+    assert not done.good
+    text = report.matrix([done])
+    assert "| steal clock | degraded |" in text
+    assert "| `test_each_kind::test_softirq_hog` | passed |" in text
+    assert "| `tests.kernel.test_check::test_table` | failed |" in text
+    assert "deferred" in text
+    assert "steal clock: none; less is told" in text
+    good = done._replace(cases=[case for case in done.cases if case.result != "failed"])
+    assert good.good

@@ -1,0 +1,93 @@
+"""One guest: a kernel under QEMU, on this machine's own files, for one command.
+
+virtme-ng builds the initramfs and QEMU's command line. The root file system is this machine's
+over 9p, read-only with an overlay in the guest's memory; only the directory for the results is
+shared writable. The CPUs are emulated (no KVM), at the lowest priority, so that the guest takes
+only time that nobody else wants.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from shlex import join
+
+from tests.vm.fetch import Fetched
+from tests.vm.kernels import KernelsError
+
+ROOT = Path(__file__).parents[2]
+CPUS = 2
+MEMORY = "2G"
+# The emulated TSC is the host's, yet the kernel does not trust it; reading the HPET instead takes
+# some 10 us here, at each of a program's times, and clock_gettime() becomes a system call.
+KERNEL_OPTIONS = "tsc=reliable clocksource=tsc"
+_HELPERS = ("vng", "qemu-system-x86_64", "busybox", "depmod", "chrt")
+
+
+def emulator_failed(results: Path) -> bool:
+    """Whether the guest died of its emulator: it ran a breakpoint that was there no more.
+
+    Linux patches its code through a breakpoint (text_poke_bp(), here of a static key that
+    ``check`` turns on, bpf_stats_enabled_key). QEMU 7.2 with one thread per CPU may run the
+    translation of the breakpoint after the patch is complete, which the kernel takes for an
+    unexpected one.
+    """
+    return b"Oops: int3: " in (results / "console.log").read_bytes()
+
+
+def run_in_guest(
+    kernel: Fetched, command: Sequence[str], results: Path, *, timeout_s: float
+) -> str | None:
+    """Boot, run ``command`` as root in this checkout, power down.
+
+    What the console said is left in ``results/console.log``.
+
+    Returns:
+        Why the guest had to be ended; None if it came to its end by itself.
+
+    Raises:
+        KernelsError: a program is missing here.
+    """
+    # The programs of this environment, and those that only root's path has.
+    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    shim = results / "virtme-run"
+    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.vm.virtme_run "$@"\n')
+    shim.chmod(0o755)
+    for helper in _HELPERS:
+        if shutil.which(helper, path=path) is None:
+            raise KernelsError(f"{helper} is missing: `make test-vm` installs it")
+    line = f"cd {join([str(ROOT)])} && {join(command)}"
+    virtme = [
+        *("chrt", "--idle", "0", "vng", "--verbose", "--run", str(kernel.image)),
+        *("--disable-kvm", "--force-9p", "--disable-microvm"),
+        *("--cpus", str(CPUS), "--memory", MEMORY, "--append", KERNEL_OPTIONS),
+        *("--rwdir", str(results), "--exec", line),
+    ]
+    with subprocess.Popen(
+        virtme,
+        stdin=subprocess.DEVNULL,
+        # A pipe: QEMU would truncate a file.
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # The shim before virtme-ng's own program.
+        env={**os.environ, "PATH": f"{results}:{path}"},
+        cwd=ROOT,
+        start_new_session=True,
+    ) as process:
+        try:
+            console, _ = process.communicate(timeout=timeout_s)
+            failed = None
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            console, _ = process.communicate()
+            failed = f"not finished in {timeout_s:.0f} s"
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    (results / "console.log").write_bytes(console)
+    return failed

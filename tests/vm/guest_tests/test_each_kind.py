@@ -1,0 +1,169 @@
+"""One kind of stall after the other against one daemon: does this kernel let us tell each?
+
+Only what follows from the kernel is asserted, of most stalls: an emulated CPU is taken away by
+its host now and then, without a steal clock that would tell, and then a stall is longer or has
+another reason than was injected.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.injector import Injector, Kind, KsoftirqdTruth, Mode, Pressure, Truth, UnsupportedError
+from tests.kernel.daemon import STALLED_CPU as CPU
+from tests.kernel.daemon import THRESHOLD_MS, Daemon, Event
+from tests.kernel.test_stalls import check_life, functions
+
+pytestmark = pytest.mark.kernel
+
+DURATION_MS = 300.0
+"""An emulated CPU needs up to 100 ms from a record to its line."""
+WANTED = 3
+TRIES = 10
+
+
+class Told(NamedTuple):
+    """One injected stall and its lines."""
+
+    truth: Truth
+    lines: list[Event]
+
+    @property
+    def resolved(self) -> Event:
+        return self.lines[-1]
+
+    def right(self, verdict: str) -> bool:
+        """The verdict, the task, and a line while it went on, with the function that spun."""
+        event = self.resolved
+        return (
+            event["verdict"] == verdict
+            and event["blocker"] is not None
+            and event["blocker"]["tid"] == self.truth.tid
+        )
+
+    def shown_during(self) -> bool:
+        first = self.lines[0]
+        return (
+            first["phase"] == "ongoing"
+            and first["read_ns"] < self.truth.end_ns
+            and first["stack"]["captured"] == "during"
+            and self.truth.symbol in functions(first)
+        )
+
+
+def told(
+    daemon: Daemon, kind: Kind, mode: Mode, enough: Callable[[list[Told]], bool]
+) -> list[Told]:
+    """Stalls of one kind until there are enough."""
+    found: list[Told] = []
+    with Injector(CPU) as injector, Pressure(CPU, mode) as pressure:
+        try:
+            injector.prepare(kind)
+        except UnsupportedError as error:
+            pytest.skip(f"this kernel cannot be stalled so: {error}")
+        for _ in range(TRIES):
+            truth = injector.inject(kind, DURATION_MS, pressure=pressure)
+            try:
+                lines = daemon.of(truth, timeout_s=1)
+            except AssertionError:
+                continue
+            check_life(lines)
+            found.append(Told(truth, lines))
+            if enough(found):
+                break
+            time.sleep(0.2)
+    return found
+
+
+def summary(found: list[Told]) -> list[dict[str, Any]]:
+    """For the message of a test that fails."""
+    return [
+        {key: told.resolved[key] for key in ("verdict", "duration_ms", "starved", "evidence")}
+        for told in found
+    ]
+
+
+def check_kind(daemon: Daemon, kind: Kind, mode: Mode, verdict: str) -> list[Told]:
+    """At least three of ten at most are told rightly, and of those most while they went on."""
+
+    def right(found: list[Told]) -> list[Told]:
+        return [one for one in found if one.right(verdict)]
+
+    found = told(daemon, kind, mode, lambda found: len(right(found)) >= WANTED)
+    assert len(right(found)) >= WANTED, summary(found)
+    return right(found)
+
+
+def test_bottom_halves_off(daemon: Daemon) -> None:
+    """Bottom halves off: seen while it lasts, with its function; NET_RX starves."""
+    found = check_kind(daemon, Kind.BH_OFF, Mode.PING, "softirqs_disabled")
+    assert sum(one.shown_during() for one in found) >= WANTED - 1
+    assert all("NET_RX" in one.resolved["starved"] for one in found)
+
+
+def test_softirq_hog(daemon: Daemon) -> None:
+    """One long handler: seen while it runs, with its vector and function."""
+    found = check_kind(daemon, Kind.SOFTIRQ_HOG, Mode.PING, "softirq_hog")
+    assert sum(one.shown_during() for one in found) >= WANTED - 1
+    assert {one.resolved["handler"]["vector"] for one in found} == {"NET_RX"}
+    assert any(one.resolved["handler"]["device"] for one in found)
+
+
+@pytest.mark.parametrize("kind", [Kind.IRQS_OFF, Kind.IRQS_OFF_TIMER])
+def test_interrupts_off(daemon: Daemon, tick_ms: float, kind: Kind) -> None:
+    """Interrupts off: told at the end, as far as a steal clock lets it be told from a theft."""
+
+    def late(found: list[Told]) -> list[Told]:
+        return [one for one in found if one.resolved["evidence"]["late_ms"] >= DURATION_MS / 2]
+
+    found = late(told(daemon, kind, Mode.PING, lambda found: len(late(found)) >= WANTED))
+    assert len(found) >= WANTED
+    for one in found:
+        event = one.resolved
+        assert event["verdict"] in ("irqs_disabled", "unknown")
+        if event["evidence"]["stolen_ms"] is not None:
+            assert event["verdict"] == "irqs_disabled"
+        assert event["duration_ms"] >= DURATION_MS - tick_ms - 1
+
+
+def test_preemption_off(daemon: Daemon) -> None:
+    """Preemption off while ksoftirqd is runnable: its wait is told, the task in the kernel blamed.
+
+    Whether packets starve meanwhile is the kernel's mode, and that is learned by behaviour.
+    """
+    right: list[Told] = []
+    with (
+        KsoftirqdTruth(CPU) as ksoftirqd,
+        Injector(CPU) as injector,
+        Pressure(CPU, Mode.BURSTS) as pressure,
+    ):
+        injector.prepare(Kind.PREEMPT_OFF)
+        for _ in range(3 * TRIES):
+            truth = injector.inject(Kind.PREEMPT_OFF, DURATION_MS, pressure=pressure)
+            time.sleep(0.3)
+            waits = [
+                wait.waited_ms or 0
+                for wait in ksoftirqd.waits(truth.start_ns, truth.end_ns)
+                if wait.woken_ns >= truth.start_ns
+            ]
+            if max(waits, default=0) < 2 * THRESHOLD_MS:
+                continue
+            one = Told(truth, daemon.of(truth))
+            check_life(one.lines)
+            if one.right("stuck_in_kernel"):
+                assert one.resolved["ksoftirqd"]["runnable_ms"] == pytest.approx(max(waits), abs=1)
+                right.append(one)
+            if len(right) == WANTED:
+                break
+    assert len(right) >= WANTED, summary(right)
+    assert sum(one.shown_during() for one in right) >= WANTED - 1
+
+
+def test_contention(daemon: Daemon) -> None:
+    """ksoftirqd behind a SCHED_FIFO task in user mode is contention, and the task is named."""
+    found = check_kind(daemon, Kind.CPU_CONTENTION, Mode.FLOOD, "cpu_contention")
+    assert {one.resolved["blocker"]["policy"] for one in found} == {"fifo"}

@@ -1,0 +1,100 @@
+"""What a kernel's run left in its directory, read back."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Case(NamedTuple):
+    """One test.
+
+    Attributes:
+        name: ``tests.kernel.test_stalls::test_softirq_hog``.
+        result: ``passed``, ``failed`` or ``skipped``.
+        reason: of what was skipped or failed, its first line.
+        seconds: that it took.
+    """
+
+    name: str
+    result: str
+    reason: str
+    seconds: float
+
+
+class Outcome(NamedTuple):
+    """One kernel's run.
+
+    Attributes:
+        name: of the kernel in the list.
+        release: as ``uname -r`` says; empty if it never got that far.
+        emulated: in a guest.
+        failed: why there is no complete outcome; None if there is.
+        check: the object of ``softirq-stalld check --json``.
+        check_s, seconds: what check, and all inside the guest, took.
+        wall_s: from QEMU's start to its end.
+        cases: the tests.
+    """
+
+    name: str
+    release: str
+    emulated: bool
+    failed: str | None
+    check: dict[str, Any] | None
+    check_s: float
+    seconds: float
+    wall_s: float
+    cases: list[Case]
+
+    @property
+    def good(self) -> bool:
+        """It ran to its end, the service can run there, and no test failed."""
+        return (
+            self.failed is None
+            and self.check is not None
+            and self.check["can_run"]
+            and self.count("passed") > 0
+            and not self.count("failed")
+        )
+
+    def count(self, result: str) -> int:
+        """How many tests ended so."""
+        return sum(case.result == result for case in self.cases)
+
+
+def read(name: str, results: Path, failed: str | None, wall_s: float) -> Outcome:
+    """The outcome of one run; ``failed``: what is known to have gone wrong outside."""
+    path = results / "outcome.json"
+    said: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if failed is None and not said:
+        failed = f"nothing came back; see {results}/console.log and tests.log"
+    cases = [case for report in sorted(results.glob("*.xml")) for case in _cases(report)]
+    return Outcome(
+        name,
+        said.get("release", ""),
+        said.get("emulated", True),
+        failed,
+        said.get("check"),
+        said.get("check_s", 0.0),
+        said.get("seconds", 0.0),
+        round(wall_s, 1),
+        cases,
+    )
+
+
+def _cases(report: Path) -> list[Case]:
+    """What pytest's report of one run says."""
+    found = []
+    for case in ET.parse(report).iter("testcase"):
+        result, reason = "passed", ""
+        for child in case:
+            if child.tag in ("failure", "error"):
+                result = "failed"
+                reason = (child.get("message") or "").partition("\n")[0]
+            elif child.tag == "skipped":
+                result, reason = "skipped", child.get("message") or ""
+        name = f"{case.get('classname')}::{case.get('name')}"
+        found.append(Case(name, result, reason, float(case.get("time") or 0)))
+    return found
