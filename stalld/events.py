@@ -168,14 +168,13 @@ def queues(inventory: Inventory | None, cpu: int) -> list[Event] | None:
     """The queues that ``cpu`` serves; None: it is not known."""
     if inventory is None:
         return None
-    settings = {device.name: device.settings for device in inventory.devices.values()}
     return [
         {
             "device": queue.device,
             "queue": queue.number,
             "irq": queue.irq,
             "rps": queue.rps,
-            **settings[queue.device]._asdict(),
+            **inventory.by_name[queue.device].settings._asdict(),
         }
         for queue in inventory.queues.get(cpu, ())
     ]

@@ -1,7 +1,7 @@
 """A device's rings, channels and coalescing, as ``ethtool -g``, ``-l`` and ``-c`` show them.
 
 By ioctl: it asks for a socket of any family, also of netlink, which is all that the unit's sandbox
-leaves, and reading wants no privilege. See docs/decisions/0006-nics-by-hand.md for why not through
+leaves, and reading wants no privilege. See docs/decisions/0007-nics-by-hand.md for why not through
 pyroute2.
 """
 

@@ -10,6 +10,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,16 +67,23 @@ class Sysctls(NamedTuple):
     netdev_max_backlog: int | None = None
 
 
-class Inventory(NamedTuple):
+@dataclass(frozen=True)
+class Inventory:
     """All links of our network namespace, by index, and what each CPU serves of them."""
 
     devices: Mapping[int, Device]
     queues: Mapping[int, tuple[Queue, ...]]
     sysctls: Sysctls
+    by_name: Mapping[str, Device] = field(init=False, repr=False, compare=False)
+    """The devices once more: a stall must not look through thousands of them."""
+
+    def __post_init__(self) -> None:
+        by_name = {device.name: device for device in self.devices.values()}
+        object.__setattr__(self, "by_name", by_name)
 
     def named(self, name: str) -> Device | None:
         """The device of that name."""
-        return next((device for device in self.devices.values() if device.name == name), None)
+        return self.by_name.get(name)
 
 
 class Surveyor:

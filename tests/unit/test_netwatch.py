@@ -146,11 +146,11 @@ def test_only_a_queue_drops(machine: Machine) -> None:
 
 def test_a_device_that_is_gone(machine: Machine) -> None:
     """It is forgotten; another one with its number begins anew."""
-    machine.inventory = lambda: INVENTORY._replace(devices={2: ETH})
+    machine.inventory = lambda: replace(INVENTORY, devices={2: ETH})
     machine.look(survey=True)
     machine.stats = {2: QUIET}
     assert machine.look() == []
-    machine.inventory = lambda: INVENTORY._replace(devices={2: ETH, 3: VETH._replace(name="v")})
+    machine.inventory = lambda: replace(INVENTORY, devices={2: ETH, 3: VETH._replace(name="v")})
     machine.stats = {2: QUIET, 3: QUIET._replace(dropped=10**6)}
     assert machine.look(survey=True) == []
 
