@@ -64,11 +64,12 @@ def run(kernel: Kernel, options: argparse.Namespace, results: Path) -> outcome.O
                 built = module.build(fetched, Path(directory))
                 if built is not None:
                     shutil.copy(built, results)
-            began = time.monotonic()
             for _ in range(BOOTS):
-                failed = boot.run_in_guest(
-                    fetched, [*guest, "guest"], results, timeout_s=options.timeout_s
-                )
+                with boot.alone():
+                    began = time.monotonic()
+                    failed = boot.run_in_guest(
+                        fetched, [*guest, "guest"], results, timeout_s=options.timeout_s
+                    )
                 if not boot.emulator_failed(results):
                     break
                 print("    the emulator ran stale code; once more", flush=True)

@@ -8,17 +8,19 @@ only time that nobody else wants.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from shlex import join
 
 from tests.vm.fetch import Fetched
-from tests.vm.kernels import KernelsError
+from tests.vm.kernels import KernelsError, cache_directory
 
 ROOT = Path(__file__).parents[2]
 CPUS = 2
@@ -38,6 +40,14 @@ def emulator_failed(results: Path) -> bool:
     unexpected one.
     """
     return b"Oops: int3: " in (results / "console.log").read_bytes()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other guest runs on this machine, whoever's: two take each other's CPUs."""
+    with (cache_directory() / ".guest").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def run_in_guest(

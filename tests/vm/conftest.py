@@ -4,4 +4,14 @@ from __future__ import annotations
 
 import os
 
-collect_ignore = [] if "STALLD_TEST_EVIDENCE" in os.environ else ["guest_tests"]
+import pytest
+
+_IN_A_RUN = "STALLD_TEST_EVIDENCE" in os.environ
+
+collect_ignore = [] if _IN_A_RUN else ["guest_tests"]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say at once why a test failed: a guest that is ended for its time never comes to the end."""
+    if _IN_A_RUN and report.failed:
+        print(f"\n{report.longreprtext[-3000:]}", flush=True)

@@ -15,8 +15,9 @@ import pytest
 
 from tests.injector import Injector, Kind, KsoftirqdTruth, Mode, Pressure, Truth, UnsupportedError
 from tests.kernel.daemon import STALLED_CPU as CPU
-from tests.kernel.daemon import THRESHOLD_MS, Daemon, Event
+from tests.kernel.daemon import Daemon, Event
 from tests.kernel.test_stalls import check_life, functions
+from tests.vm.guest_tests.conftest import THRESHOLD_MS
 
 pytestmark = pytest.mark.kernel
 
@@ -45,7 +46,15 @@ class Told(NamedTuple):
             and event["blocker"]["tid"] == self.truth.tid
         )
 
+    def sampled_during(self) -> bool:
+        """A line has the stack of a sample that was taken while it went on."""
+        return any(
+            line["stack"]["captured"] == "during" and self.truth.symbol in functions(line)
+            for line in self.lines
+        )
+
     def shown_during(self) -> bool:
+        """The first line has it, and was there while it went on."""
         first = self.lines[0]
         return (
             first["phase"] == "ongoing"
@@ -150,7 +159,7 @@ def test_preemption_off(daemon: Daemon) -> None:
                 for wait in ksoftirqd.waits(truth.start_ns, truth.end_ns)
                 if wait.woken_ns >= truth.start_ns
             ]
-            if max(waits, default=0) < 2 * THRESHOLD_MS:
+            if max(waits, default=0) < 1.5 * THRESHOLD_MS:
                 continue
             one = Told(truth, daemon.of(truth))
             check_life(one.lines)
@@ -160,7 +169,8 @@ def test_preemption_off(daemon: Daemon) -> None:
             if len(right) == WANTED:
                 break
     assert len(right) >= WANTED, summary(right)
-    assert sum(one.shown_during() for one in right) >= WANTED - 1
+    # ksoftirqd may have been woken near the end.
+    assert sum(one.sampled_during() for one in right) >= WANTED - 1
 
 
 def test_contention(daemon: Daemon) -> None:
