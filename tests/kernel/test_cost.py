@@ -45,7 +45,7 @@ class Budget(NamedTuple):
 BUDGETS = {
     "sched_switch": Budget(40, 2, {"tail_call": 1}),
     "sched_wakeup": Budget(45, 2, {"tail_call": 1}),
-    "softirq_raise": Budget(45, 1, {"ktime_get_ns": 1}),
+    "softirq_raise": Budget(60, 1, {"ktime_get_ns": 1}),
     "softirq_entry": Budget(
         170,
         3,
@@ -55,11 +55,11 @@ BUDGETS = {
     "napi_poll": Budget(275, 2, {"jiffies64": 1, "probe_read_kernel": 6}),
     "hrtimer_expire_entry": Budget(108, 3, {"ktime_get_ns": 1, "tail_call": 1}),
     "lookback": Budget(
-        636,
+        750,
         3,
         {
             "ktime_get_ns": 1,
-            "probe_read_kernel": 10,
+            "probe_read_kernel": 16,
             "get_current_pid_tgid": 1,
             "get_current_task": 1,
             "get_current_comm": 1,
@@ -71,7 +71,7 @@ BUDGETS = {
 FREE = {"get_smp_processor_id", "map_lookup_elem"}
 """Helpers of every program, which newer kernels write out; look-ups are counted by their maps."""
 
-MAX_THREADS = 4
+MAX_THREADS = 5
 MAX_DESCRIPTORS = 45
 """Besides those for each CPU."""
 MAX_PERF_EVENTS_PER_CPU = 3

@@ -27,7 +27,7 @@ def test_identical_stalls_are_folded() -> None:
                 time.sleep(0.04)
             tid = truths[0].tid
         time.sleep(0.3)
-    shown = [e for e in daemon.stalls("resolved") if e["blocker"]["tid"] == tid]
+    shown = [e for e in daemon.stalls("resolved") if (e["blocker"] or {}).get("tid") == tid]
     folded = [e for e in daemon.events if e["event"] == "suppressed" and e["reason"] == "identical"]
     ours = [e for e in folded if e["blocker"]["pid"] == truths[0].pid]
     assert len(shown) >= SHOWN

@@ -36,6 +36,10 @@ GOOD: Document = {
         }
     ],
     "storm": [{"stalls_per_second": "10", "identical_per_minute": "3"}],
+    "softnet": [
+        {"enabled": "true", "interval_s": "5.5", "drops_per_s": "2.0", "squeezes_per_s": "7"}
+    ],
+    "nic": [{"enabled": "false", "drops_per_s": "3"}],
     "sinks.stdout": [{"enabled": "false", "queue_kib": "512"}],
     "sinks.file": [
         {"path": '"/var/log/softirq-stalld/a.json"', "queue_kib": "64"},
@@ -79,6 +83,7 @@ HOSTILE = r"\u001b[31m\n\r\t\u0000\u0007\u0008\u007f\u0085\u009b2J\u2028\u202e\U
 WRONG_TYPE = ("[[]]", "{ a = 1 }", "2026-11-23", "2026-11-23T10:00:00Z", "10:00:00", "nan")
 WRONG = {
     "number": ('"10"', "true", "0", "-1", "1e9", "-inf", "0x" + "f" * 300, "[1]"),
+    "rate": ('"10"', "true", "-1", "1e12", "-inf", "0x" + "f" * 300, "[1]"),
     "whole number": ('"10"', "false", "0", "-1", "1.0", "inf", "2_000_000", "9" * 400, "[1]"),
     "switch": ('"true"', "0", "1", "[true]", "1.0", '""'),
     "array": ('"NET_RX"', "1", "true", '[""]', "[1]", "[['NET_RX']]", f'["{HOSTILE}"]'),
@@ -91,6 +96,9 @@ WRONG = {
 """Values that a key must not have, besides those of another type."""
 KINDS = {
     "threshold_ms": ("number",),
+    "interval_s": ("number",),
+    "drops_per_s": ("rate",),
+    "squeezes_per_s": ("rate",),
     "vectors": ("array",),
     "kthreads": ("array",),
     "path": ("string", "path"),

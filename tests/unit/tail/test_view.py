@@ -57,6 +57,7 @@ STALL: dict[str, Any] = {
     "blocker": BLOCKER,
     "stack": {"kernel": ["memcg_stat_show+0x10", "seq_read+0x5"], "captured": "during"},
     "evidence": {"late_ms": 0.0, "stolen_ms": 0.4},
+    "net": {"dropped": 0, "time_squeeze": 0, "queues": None},
     "hint": "look at what its stack's system call does",
 }
 
