@@ -21,8 +21,8 @@ from tests.vm.guest_tests.conftest import THRESHOLD_MS
 
 pytestmark = pytest.mark.kernel
 
-DURATION_MS = 300.0
-"""An emulated CPU needs up to 100 ms from a record to its line."""
+DURATION_MS = 450.0
+"""From a record to its line an emulated CPU needs 100 ms, and more on a busy host."""
 WANTED = 3
 TRIES = 10
 

@@ -29,7 +29,7 @@ pytestmark = [
 
 READS = 12
 WANTED = 3
-DURATION_MS = 300
+DURATION_MS = 450
 
 
 class Read(NamedTuple):
