@@ -66,6 +66,7 @@ class Outcome(NamedTuple):
 
 def read(name: str, results: Path, failed: str | None, wall_s: float) -> Outcome:
     """The outcome of one run; ``failed``: what is known to have gone wrong outside."""
+    (results / "run.json").write_text(json.dumps({"failed": failed, "wall_s": wall_s}))
     path = results / "outcome.json"
     said: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if failed is None and not said:
@@ -82,6 +83,12 @@ def read(name: str, results: Path, failed: str | None, wall_s: float) -> Outcome
         round(wall_s, 1),
         cases,
     )
+
+
+def read_again(name: str, results: Path) -> Outcome | None:
+    """The outcome of a run of before; None if there was none."""
+    path = results / "run.json"
+    return read(name, results, **json.loads(path.read_text())) if path.exists() else None
 
 
 def _cases(report: Path) -> list[Case]:
