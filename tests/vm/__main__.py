@@ -15,6 +15,7 @@ from pathlib import Path
 from tests.vm import boot, module, outcome, report, suites
 from tests.vm.fetch import fetch
 from tests.vm.kernels import RUNNING, Kernel, KernelsError, cache_directory, chosen
+from tests.vm.systemd.stage import stage
 
 TIMEOUT_S = 3600.0
 
@@ -59,14 +60,18 @@ def run(kernel: Kernel, options: argparse.Namespace, results: Path) -> outcome.O
                 )
         else:
             fetched = fetch(kernel, cache_directory(), refresh=options.refresh)
+            command = [*guest, "guest"]
             with tempfile.TemporaryDirectory() as directory:
                 built = module.build(fetched, Path(directory))
                 if built is not None:
                     shutil.copy(built, results)
-            began = time.monotonic()
-            failed = boot.run_in_guest(
-                fetched, [*guest, "guest"], results, timeout_s=options.timeout_s
-            )
+                staged = None
+                if options.suite in suites.BOOTED:
+                    staged = stage(command, Path(directory))
+                began = time.monotonic()
+                failed = boot.run_in_guest(
+                    fetched, command, results, timeout_s=options.timeout_s, stage=staged
+                )
     except (KernelsError, subprocess.TimeoutExpired) as error:
         failed = str(error)
     return outcome.read(kernel.name, results, failed, time.monotonic() - began)
@@ -77,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _arguments(argv)
     try:
         kernels = chosen(options.kernels)
+        if options.suite in suites.BOOTED:
+            kernels = [kernel for kernel in kernels if kernel.name != RUNNING]
     except KernelsError as error:
         print(error, file=sys.stderr)
         return 2

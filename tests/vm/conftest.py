@@ -4,4 +4,4 @@ from __future__ import annotations
 
 import os
 
-collect_ignore = [] if "STALLD_TEST_EVIDENCE" in os.environ else ["guest_tests"]
+collect_ignore = [] if "STALLD_TEST_EVIDENCE" in os.environ else ["guest_tests", "systemd"]
