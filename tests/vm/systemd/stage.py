@@ -41,6 +41,10 @@ def stage(command: Sequence[str], directory: Path) -> Path:
     drop_in = target / "etc/systemd/journald.conf.d/guest.conf"
     drop_in.parent.mkdir()
     shutil.copy(HERE / "journald.conf", drop_in)
+    # As docs/deployment.md says of Debian's kernels.
+    sysctl = target / "etc/sysctl.d/softirq-stalld.conf"
+    sysctl.parent.mkdir()
+    sysctl.write_text("kernel.perf_event_paranoid = 2\n")
     script = target / COMMAND
     script.write_text(f"#!/bin/sh\ncd {join([str(ROOT)])} && exec {join(command)}\n")
     script.chmod(0o755)
