@@ -10,11 +10,15 @@ import json
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -36,8 +40,10 @@ MASK = 1 << 39 | 1 << 38 | 1 << 34
 START_S = 180.0
 WATCHDOG_S = 30.0
 STOP_S = 2.0
-STALL_MS = 150.0
+STALL_MS = 300
 TRIES = 10
+SLOW = Path("/proc/stalld_slow/slow_bh")
+DURATION = Path("/sys/module/stalld_slow/parameters/duration_ms")
 PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 OPEN_EVENT = """
 from stalld import perf
@@ -102,34 +108,74 @@ def events_in(path: Path) -> list[Event]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-Stall = Callable[[Callable[[], list[Event]]], Event]
+class Stalled(NamedTuple):
+    """A stall that was made."""
+
+    pid: int
+    symbol: str
 
 
-@pytest.fixture(scope="module")
-def stall() -> Iterator[Stall]:
-    """Stalls until one is told rightly, by what is given to read events with: its last line.
+def receive(end: socket.socket) -> None:
+    """Wait until the socket's time is over."""
+    with suppress(BlockingIOError):
+        end.recv(1)
+
+
+def slow_read() -> Stalled:
+    """Read a file of the test module, which holds bottom halves off, while a timer expires."""
+    affinity = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {CPU})
+    try:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, 100_000))
+            # A timer of the kernel's wheel, on this CPU.
+            waiter = threading.Thread(target=receive, args=(ours,))
+            waiter.start()
+            time.sleep(0.02)
+            SLOW.read_bytes()
+            waiter.join()
+    finally:
+        os.sched_setaffinity(0, affinity)
+    return Stalled(os.getpid(), "stalld_slow_bh_show")
+
+
+@contextmanager
+def stalls() -> Iterator[Callable[[], Stalled]]:
+    """Makes stalls: with the test module where it is built, which costs an emulated CPU least."""
+    if SLOW.exists():
+        DURATION.write_text(str(STALL_MS))
+        yield slow_read
+        return
+    with Injector(CPU) as injector, Pressure(CPU, Mode.PING) as pressure:
+
+        def inject() -> Stalled:
+            truth = injector.inject(Kind.BH_OFF, STALL_MS, pressure=pressure)
+            assert truth.symbol is not None
+            return Stalled(truth.pid, truth.symbol)
+
+        yield inject
+
+
+def told_rightly(make: Callable[[], Stalled], told: Callable[[], list[Event]]) -> Event:
+    """Make stalls until one is told rightly, by what ``told`` reads: its last line.
 
     Not the first, maybe: the host takes emulated CPUs away, and nothing tells which stall that is.
     """
-    with Injector(CPU) as injector, Pressure(CPU, Mode.PING) as pressure:
-        injector.prepare(Kind.BH_OFF)
-
-        def until_told(told: Callable[[], list[Event]]) -> Event:
-            before = len(told())
-            for _ in range(TRIES):
-                truth = injector.inject(Kind.BH_OFF, STALL_MS, pressure=pressure)
-                time.sleep(0.5)
-                for event in told()[before:]:
-                    if (
-                        event.get("phase") == "resolved"
-                        and event["verdict"] == "softirqs_disabled"
-                        and (event["blocker"] or {}).get("pid") == truth.pid
-                    ):
-                        assert any(truth.symbol in frame for frame in event["stack"]["kernel"])
-                        return event
-            raise AssertionError(f"none of {TRIES} stalls is told rightly")
-
-        yield until_told
+    before = {event["timestamp"] for event in told()}
+    for _ in range(TRIES):
+        made = make()
+        time.sleep(0.5)
+        for event in told():
+            if (
+                event["timestamp"] not in before
+                and event.get("phase") == "resolved"
+                and event["verdict"] == "softirqs_disabled"
+                and (event["blocker"] or {}).get("pid") == made.pid
+                and any(made.symbol in frame for frame in event["stack"]["kernel"])
+            ):
+                return event
+    raise AssertionError(f"none of {TRIES} stalls is told rightly; the last: {told()[-1:]}")
 
 
 def mode(path: Path) -> str:
@@ -184,7 +230,7 @@ def test_runs_in_its_sandbox() -> None:
 
 
 def test_perf_events() -> None:
-    """Why it needs kernel.perf_event_paranoid = 2: above, Debian's kernels ask for more."""
+    """Why kernel.perf_event_paranoid is 2 here: above, kernels of Debian's ask for more."""
     caps = ",".join(f"+{name}" for name in CAPABILITIES)
     as_service = (
         *("setpriv", f"--reuid={NAME}", f"--regid={NAME}", "--clear-groups"),
@@ -196,15 +242,19 @@ def test_perf_events() -> None:
     run(*command)
     PARANOID.write_text("3")
     try:
-        assert "Permission denied" in run(*command, check=False)
+        refused = run(*command, check=False)
     finally:
         PARANOID.write_text("2")
+    if not refused:
+        pytest.skip("CAP_PERFMON is enough on this kernel, whatever the level")
+    assert "Permission denied" in refused
 
 
-def test_events_are_in_the_journal(stall: Stall) -> None:
+def test_events_are_in_the_journal() -> None:
     """A stall is one entry whose MESSAGE is the event, under the unit's name; so is the status."""
     pid = wait_active()
-    told = stall(lambda: events(pid))
+    with stalls() as make:
+        told = told_rightly(make, lambda: events(pid))
     (entry,) = [
         entry
         for entry in entries(pid)
@@ -248,14 +298,15 @@ def test_who_may_tail() -> None:
     assert "usermod --append --groups" in refused.stderr
 
 
-def test_reload_and_logrotate(stall: Stall) -> None:
+def test_reload_and_logrotate() -> None:
     """A file sink comes by reload; logrotate's own service rotates it, and no line is lost."""
     pid = wait_active()
     CONFIG.write_text(f'[[sinks.file]]\npath = "{EVENTS}"\n')
     run("systemctl", "reload", NAME)
     wait_until(EVENTS.exists, "the file is not opened")
     assert mode(EVENTS) == f"{NAME}:{NAME} 640"
-    first = stall(lambda: events_in(EVENTS))
+    with stalls() as make:
+        first = told_rightly(make, lambda: events_in(EVENTS))
     before = events_in(EVENTS)
     assert first in before
     # As if it had last been rotated long ago.
@@ -265,7 +316,8 @@ def test_reload_and_logrotate(stall: Stall) -> None:
     run("systemctl", "start", "logrotate.service")
     assert show("Result", "logrotate.service") == "success"
     assert events_in(ROTATED)[: len(before)] == before
-    second = stall(lambda: events_in(ROTATED) + events_in(EVENTS))
+    with stalls() as make:
+        second = told_rightly(make, lambda: events_in(ROTATED) + events_in(EVENTS))
     assert second in events_in(EVENTS)
     assert second["stall_id"] != first["stall_id"]
     assert mode(EVENTS) == mode(ROTATED) == f"{NAME}:{NAME} 640"
