@@ -204,6 +204,12 @@ class PerfReader:
         code = ctypes.get_errno()
         if code == errno.ENODEV:
             return ""  # It has gone offline meanwhile.
+        stricter = perf.stricter() if code in (errno.EACCES, errno.EPERM) else ""
+        if stricter:
+            return (
+                f"cannot open the perf buffer of CPU {cpu}: {os.strerror(code)}; {stricter}; "
+                "set it to 2: sysctl kernel.perf_event_paranoid=2"
+            )
         return (
             f"cannot open the perf buffer of CPU {cpu}: {os.strerror(code)}; CAP_PERFMON, "
             f"{self._pages * 4 + 4} KiB of locked memory (ulimit -l, kernel.perf_event_mlock_kb) "

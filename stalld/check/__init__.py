@@ -23,6 +23,7 @@ def check() -> Report:
     items = [
         host.kernel(),
         host.granted(capabilities.effective()),
+        *host.perf_events(capabilities.effective()),
         host.libbpf(),
         host.bcc(),
         *host.types(),

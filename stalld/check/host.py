@@ -9,6 +9,7 @@ import platform
 import re
 from pathlib import Path
 
+from stalld import perf
 from stalld.check.report import Item, State
 from stalld.errors import MissingAbilityError
 from stalld.probe import capabilities
@@ -39,6 +40,31 @@ def granted(mask: int) -> Item:
         capabilities.remedy(names),
         required=True,
     )
+
+
+def perf_events(mask: int) -> list[Item]:
+    """Whether CAP_PERFMON, all that the service's user has, is enough; tried also as root."""
+    if not mask >> capabilities.NUMBERS["CAP_PERFMON"] & 1:
+        return []
+    error = capabilities.without_admin(_open_event)
+    if error is None:
+        return [Item("perf events", State.OK, "CAP_PERFMON is enough")]
+    admin = mask >> capabilities.NUMBERS["CAP_SYS_ADMIN"] & 1
+    detail = f"CAP_PERFMON is not enough: {os.strerror(error.errno or 0)}"
+    return [
+        Item(
+            "perf events",
+            State.DEGRADED if admin else State.MISSING,
+            "; ".join(filter(None, (detail, perf.stricter()))),
+            "the service, whose user has no CAP_SYS_ADMIN, cannot start",
+            "sysctl kernel.perf_event_paranoid=2, and the same in /etc/sysctl.d",
+            required=True,
+        )
+    ]
+
+
+def _open_event() -> None:
+    os.close(perf.open_event(perf.attribute(perf.TYPE_SOFTWARE, perf.SW_DUMMY), 0))
 
 
 def libbpf() -> Item:

@@ -6,7 +6,9 @@ import ctypes
 import errno
 import os
 import re
-from collections.abc import Sequence
+import struct
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stalld.errors import MissingAbilityError
@@ -21,6 +23,9 @@ LOADING = ("CAP_BPF", "CAP_PERFMON")
 # CAP_SYS_ADMIN held these powers before; it does not stand in for CAP_SYSLOG
 # (kallsyms_show_value in kernel/ksyms_common.c).
 _WITHIN_SYS_ADMIN = LOADING
+
+_HEADER = struct.Struct("=Ii")
+_VERSION_3 = 0x20080522
 
 _MAP_TYPE_ARRAY = 2
 _PROG_TYPE_RAW_TRACEPOINT = 17
@@ -43,6 +48,38 @@ def lacking(mask: int, wanted: Sequence[str]) -> list[str]:
         for name in wanted
         if not mask >> NUMBERS[name] & 1 and not (admin and name in _WITHIN_SYS_ADMIN)
     ]
+
+
+def without_admin(attempt: Callable[[], None]) -> OSError | None:
+    """How an attempt fails that this process makes without CAP_SYS_ADMIN; None: it does not.
+
+    Capabilities are a thread's: made in one of its own, it changes nothing here.
+    """
+    failed: list[OSError] = []
+
+    def make() -> None:
+        try:
+            _drop_effective(NUMBERS["CAP_SYS_ADMIN"])
+            attempt()
+        except OSError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    return failed[0] if failed else None
+
+
+def _drop_effective(number: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = ctypes.create_string_buffer(_HEADER.pack(_VERSION_3, 0), _HEADER.size)
+    # Effective, permitted and inheritable, each in two halves.
+    sets = (ctypes.c_uint32 * 6)()
+    if libc.capget(header, sets):
+        raise OSError(ctypes.get_errno(), "capget")
+    sets[3 * (number // 32)] &= ~(1 << number % 32)
+    if libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def listed(names: Sequence[str]) -> str:

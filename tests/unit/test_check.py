@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,45 @@ def test_lacking_capabilities(mask: int, missing: list[str]) -> None:
 def test_capabilities_item(mask: int, state: State) -> None:
     """Without CAP_SYSLOG the service runs degraded, without the others not at all."""
     assert host.granted(mask).state is state
+
+
+@pytest.mark.parametrize(
+    ("mask", "number", "states"),
+    [
+        (BPF, errno.EACCES, []),
+        (PERFMON, 0, [State.OK]),
+        (PERFMON, errno.EACCES, [State.MISSING]),
+        (PERFMON | ADMIN, errno.EACCES, [State.DEGRADED]),
+    ],
+)
+def test_perf_events_item(
+    mask: int, number: int, states: list[State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where CAP_PERFMON is not enough root can run it, yet the service cannot."""
+    error = OSError(number, os.strerror(number)) if number else None
+    monkeypatch.setattr(capabilities, "without_admin", lambda attempt: error)
+    items = host.perf_events(mask)
+    assert [item.state for item in items] == states
+    for item in items:
+        assert item.state is State.OK or "perf_event_paranoid=2" in item.remedy
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="CAP_SYS_ADMIN is needed, to do without it")
+def test_without_admin() -> None:
+    """An attempt is made without CAP_SYS_ADMIN, and this thread keeps it."""
+    before = capabilities.effective("/proc/thread-self/status")
+    seen: list[int] = []
+
+    def attempt() -> None:
+        seen.append(capabilities.effective("/proc/thread-self/status"))
+        raise PermissionError(errno.EACCES, "no")
+
+    error = capabilities.without_admin(attempt)
+    assert error is not None
+    assert error.errno == errno.EACCES
+    assert seen == [before & ~ADMIN]
+    assert capabilities.effective("/proc/thread-self/status") == before
+    assert capabilities.without_admin(lambda: None) is None
 
 
 def test_effective_capabilities(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import struct
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +78,17 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     monkeypatch.setattr(os, "read", played.read)
     yield played
     assert played.open_on() == []
+
+
+@pytest.mark.parametrize(("level", "says"), [("-1", ""), ("2", ""), ("3", "is 3"), ("x", "")])
+def test_levels_of_distributions(level: str, says: str, tmp_path: Path) -> None:
+    """Levels that the kernel itself does not know are named as what may be in the way."""
+    sysctl = tmp_path / "perf_event_paranoid"
+    sysctl.write_text(f"{level}\n")
+    said = perf.stricter(str(sysctl))
+    assert (says in said) is True
+    assert bool(said) is bool(says)
+    assert perf.stricter(str(tmp_path / "none")) == ""
 
 
 def test_attribute_is_a_struct_perf_event_attr() -> None:

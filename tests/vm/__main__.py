@@ -15,6 +15,7 @@ from pathlib import Path
 from tests.vm import boot, module, outcome, report, suites
 from tests.vm.fetch import fetch
 from tests.vm.kernels import RUNNING, Kernel, KernelsError, cache_directory, chosen
+from tests.vm.systemd.stage import stage
 
 TIMEOUT_S = 3600.0
 BOOTS = 3
@@ -65,19 +66,23 @@ def run(kernel: Kernel, options: argparse.Namespace, results: Path) -> outcome.O
                 )
         else:
             fetched = fetch(kernel, cache_directory(), refresh=options.refresh)
+            command = [*guest, "guest"]
             with tempfile.TemporaryDirectory() as directory:
                 built = module.build(fetched, Path(directory))
                 if built is not None:
                     shutil.copy(built, results)
-            for _ in range(BOOTS):
-                with boot.alone():
-                    began = time.monotonic()
-                    failed = boot.run_in_guest(
-                        fetched, [*guest, "guest"], results, timeout_s=options.timeout_s
-                    )
-                if not boot.emulator_failed(results):
-                    break
-                print("    the emulator ran stale code; once more", flush=True)
+                staged = None
+                if options.suite in suites.BOOTED:
+                    staged = stage(command, Path(directory))
+                for _ in range(BOOTS):
+                    with boot.alone():
+                        began = time.monotonic()
+                        failed = boot.run_in_guest(
+                            fetched, command, results, timeout_s=options.timeout_s, stage=staged
+                        )
+                    if not boot.emulator_failed(results):
+                        break
+                    print("    the emulator ran stale code; once more", flush=True)
     except (KernelsError, subprocess.TimeoutExpired) as error:
         failed = str(error)
     return outcome.read(kernel.name, results, failed, time.monotonic() - began)
@@ -88,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _arguments(argv)
     try:
         kernels = chosen(options.kernels)
+        if options.suite in suites.BOOTED:
+            kernels = [kernel for kernel in kernels if kernel.name != RUNNING]
     except KernelsError as error:
         print(error, file=sys.stderr)
         return 2

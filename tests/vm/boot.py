@@ -21,6 +21,7 @@ from shlex import join
 
 from tests.vm.fetch import Fetched
 from tests.vm.kernels import KernelsError, cache_directory
+from tests.vm.systemd.stage import INIT, INIT_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 CPUS = 2
@@ -28,6 +29,8 @@ MEMORY = "2G"
 # The emulated TSC is the host's, yet the kernel does not trust it; reading the HPET instead takes
 # some 10 us here, at each of a program's times, and clock_gettime() becomes a system call.
 KERNEL_OPTIONS = "tsc=reliable clocksource=tsc"
+# systemd-sysusers runs as after an update of the system.
+SYSTEMD_OPTIONS = "systemd.condition_needs_update=yes"
 _HELPERS = ("vng", "qemu-system-x86_64", "busybox", "depmod", "chrt")
 
 
@@ -51,9 +54,16 @@ def alone() -> Iterator[None]:
 
 
 def run_in_guest(
-    kernel: Fetched, command: Sequence[str], results: Path, *, timeout_s: float
+    kernel: Fetched,
+    command: Sequence[str],
+    results: Path,
+    *,
+    timeout_s: float,
+    stage: Path | None = None,
 ) -> str | None:
     """Boot, run ``command`` as root in this checkout, power down.
+
+    With a ``stage`` the guest's process 1 is systemd, which runs what was staged (``systemd/``).
 
     What the console said is left in ``results/console.log``.
 
@@ -71,11 +81,16 @@ def run_in_guest(
     for helper in _HELPERS:
         if shutil.which(helper, path=path) is None:
             raise KernelsError(f"{helper} is missing: `make test-vm` installs it")
+    environment = {**os.environ, "PATH": f"{results}:{path}"}  # The shim before virtme-ng's own.
+    options = KERNEL_OPTIONS
+    if stage is not None:
+        environment[INIT_VARIABLE] = str(INIT)
+        options += f" stalld_stage={stage} {SYSTEMD_OPTIONS}"
     line = f"cd {join([str(ROOT)])} && {join(command)}"
     virtme = [
         *("chrt", "--idle", "0", "vng", "--verbose", "--run", str(kernel.image)),
         *("--disable-kvm", "--force-9p", "--disable-microvm"),
-        *("--cpus", str(CPUS), "--memory", MEMORY, "--append", KERNEL_OPTIONS),
+        *("--cpus", str(CPUS), "--memory", MEMORY, "--append", options),
         *("--rwdir", str(results), "--exec", line),
     ]
     with subprocess.Popen(
@@ -84,8 +99,7 @@ def run_in_guest(
         # A pipe: QEMU would truncate a file.
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        # The shim before virtme-ng's own program.
-        env={**os.environ, "PATH": f"{results}:{path}"},
+        env=environment,
         cwd=ROOT,
         start_new_session=True,
     ) as process:

@@ -8,7 +8,7 @@ import pytest
 
 _IN_A_RUN = "STALLD_TEST_EVIDENCE" in os.environ
 
-collect_ignore = [] if _IN_A_RUN else ["guest_tests"]
+collect_ignore = [] if _IN_A_RUN else ["guest_tests", "systemd"]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

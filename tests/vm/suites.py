@@ -3,7 +3,8 @@
 An emulated CPU needs 20 s until the daemon has started, so a suite is a choice. ``guest_tests``
 makes each kind of stall against one daemon. To that ``full`` adds the unit tests that ask the
 running kernel something, and those kernel tests that stand for an ability. Left out are those of
-volume and of speed: what they show does not depend on the kernel's version.
+volume and of speed: what they show does not depend on the kernel's version. ``systemd`` is about
+the installed service and its unit.
 """
 
 from __future__ import annotations
@@ -27,8 +28,14 @@ _ABILITIES = [
     "tests/kernel/test_symbols.py",
 ]
 
+_SYSTEMD = ["tests/vm/systemd"]
+
 SUITES: dict[str, dict[str, list[str]]] = {
     "short": {"kinds": _EACH_KIND},
     "full": {"kinds": _EACH_KIND, "abilities": _ABILITIES, "unit": _UNIT},
+    "systemd": {"systemd": _SYSTEMD},
 }
 """Suite → report → arguments of pytest, in the order in which they run."""
+
+BOOTED = {"systemd"}
+"""Suites for guests whose process 1 is systemd; not for the machine itself."""

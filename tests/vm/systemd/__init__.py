@@ -1,0 +1,1 @@
+"""A guest whose process 1 is systemd, with what ``make install`` installs; see ../README.md."""
