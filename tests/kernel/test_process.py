@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.injector import Injector, Kind, Mode, Pressure, Truth
-from tests.kernel.daemon import COMMAND, Daemon, bpf_objects, children
+from tests.kernel.daemon import COMMAND, UNLIMITED, Daemon, bpf_objects, children
 from tests.kernel.daemon import STALLED_CPU as CPU
 from tests.slowness import slow
 
@@ -109,7 +109,7 @@ def test_broken_pipe_ends_it() -> None:
     """When nobody reads standard output any more it stops with one clear line."""
     reading, writing = os.pipe()
     with subprocess.Popen(
-        [COMMAND, "run"], stdout=writing, stderr=subprocess.PIPE, text=True
+        [COMMAND, "run", "--config", UNLIMITED], stdout=writing, stderr=subprocess.PIPE, text=True
     ) as process:
         os.close(writing)
         assert b"started" in os.read(reading, 1 << 16)
