@@ -175,8 +175,8 @@ def test_slow_system_call(daemon: Daemon, tick_ms: float, keep: Callable[[str, A
     # Usually long before; the first of all has its names looked up.
     assert any(one.lines[0]["read_ns"] < one.end_ns for one in good)
     if errors_ms:
-        # An emulated CPU answers the ping some time after it could.
-        assert sorted(errors_ms)[len(errors_ms) // 2] <= 5 * tick_ms, errors_ms
+        # The pinging process has an emulated CPU as well, which the host may take away.
+        assert sorted(errors_ms)[len(errors_ms) // 2] <= DURATION_MS / 5, errors_ms
 
 
 @pytest.mark.parametrize(
