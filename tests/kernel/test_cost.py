@@ -75,7 +75,7 @@ MAX_THREADS = 5
 MAX_DESCRIPTORS = 45
 """Besides those for each CPU."""
 MAX_PERF_EVENTS_PER_CPU = 3
-MAX_MODULES = 300
+MAX_MODULES = 330
 FORBIDDEN = {
     *("bcc", "jsonschema", "pyroute2", "pytest", "hypothesis"),
     *("asyncio.windows_events", "email", "http", "html", "xml", "sqlite3", "multiprocessing"),
