@@ -8,6 +8,7 @@ from tests.vm.kernels import supported
 from tests.vm.outcome import Case, Outcome
 
 _KINDS = "tests.vm.guest_tests."
+_LONGEST_REASON = 120
 _HEAD = """\
 # Support matrix
 
@@ -149,6 +150,11 @@ def _worse(one: Case, other: Case) -> Case:
     return min(one, other, key=lambda case: order.index(case.result))
 
 
+def _first_words(reason: str) -> str:
+    """Without the data that an assertion shows, which is of one machine."""
+    return reason.partition("; ")[0][:_LONGEST_REASON]
+
+
 def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
     """Why something degrades, was skipped or failed."""
     lines = ["", "## Remarks", ""]
@@ -159,7 +165,7 @@ def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
             if item["state"] != "ok"
         ]
         said += [
-            f"`{case.name.removeprefix('tests.')}` {case.result}: {case.reason}"
+            f"`{case.name.removeprefix('tests.')}` {case.result}: {_first_words(case.reason)}"
             for case in outcome.cases
             if case.result != "passed"
         ]
