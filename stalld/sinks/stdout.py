@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import stat
+from abc import abstractmethod
 
 from stalld.events import Event
 from stalld.sinks.sink import Context, DescriptorSink, Sink
@@ -94,9 +95,14 @@ class _DescriptorStdout(DescriptorSink):
         else:
             super().wait()
 
+    @abstractmethod
     def write(self, data: bytes) -> int:
-        """Write some of it."""
-        raise NotImplementedError
+        """Write some of it; how many bytes.
+
+        Raises:
+            BlockingIOError: nothing can be written now.
+            OSError: nothing could be written.
+        """
 
     async def close(self, deadline: float) -> None:
         """Write what waits."""
