@@ -31,16 +31,19 @@ def calls(path: WholePath, record: bytes) -> int:
         nonlocal counted
         counted += event in ("call", "c_call")
 
+    # Whoever asked to be called at garbage collections (Hypothesis does) would be counted too.
+    gc.disable()
     sys.setprofile(count)
     try:
         path.pipeline.take(record)
     finally:
         sys.setprofile(None)
+        gc.enable()
     return counted
 
 
 def test_calls_for_a_line(tmp_path: Path) -> None:
-    """Each phase's line takes a bounded number of calls, nearly the same for each stall."""
+    """Each phase's line takes a bounded number of calls, the same for each stall."""
     path = WholePath(tmp_path)
     found = []
     for number in range(1, WARM + 3):
@@ -49,9 +52,7 @@ def test_calls_for_a_line(tmp_path: Path) -> None:
     first, last = json.loads(path.lines[-2]), json.loads(path.lines[-1])
     assert (first["phase"], last["phase"]) == ("ongoing", "resolved")
     assert len(last["lookback"]) >= 8
-    # A few more or fewer, as the length of a number makes a digit more.
-    for phase, most in MAX_CALLS.items():
-        assert abs(found[-1][phase] - found[-2][phase]) <= most / 50
+    assert found[-1] == found[-2]
     assert {phase: n for phase, n in found[-1].items() if n > MAX_CALLS[phase]} == {}
 
 
