@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from bench.command import run
 from bench.loads import Flood
 from bench.processes import runqslower, softirqs
-from bench.row import Row, differences, ratio, row, spread, unmeasured
-from bench.sides import LIMIT, NONE, OURS, RUNS, Sides, added_ns
+from bench.row import Row, ratio, row, spread, unmeasured
+from bench.sides import OURS, Sides, added_ns, against_limit
 
 ROUNDS, PACKETS = 30, 50_000
 NAME = "added to a packet over veth"
@@ -30,18 +30,8 @@ def measure(rounds: int = ROUNDS, packets: int = PACKETS) -> list[Row]:
         sides = Sides(stack, ["softirq_entry", "softirq_exit"], others)
         us = sides.interleave(lambda: flood.packet_us(packets), rounds)
     added = added_ns(us)
-    ours, limit = spread(added[OURS], "ns"), spread(added[LIMIT], "ns")
-    rows = [
-        row(
-            f"{NAME}, against two empty programs",
-            ours,
-            reference=limit,
-            against=ratio(ours, limit),
-            why=f"{rounds} rounds of {RUNS} x {packets} packets a side; a packet without any "
-            f"program takes {spread(us[NONE], 'us').text}; more than the empty ones: "
-            f"{differences(added[OURS], added[LIMIT], 'ns').text}",
-        )
-    ]
+    ours = spread(added[OURS], "ns")
+    rows = [against_limit(NAME, us, f"{packets} packets", "packet")]
     for name in others:
         full = f"{NAME}, against {name}"
         if name in sides.missing:

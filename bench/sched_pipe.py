@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from bench.command import run
 from bench.loads import pipe_us
 from bench.processes import runqslower
-from bench.row import Goal, Row, differences, ratio, row, spread, unmeasured
-from bench.sides import LIMIT, NONE, OURS, RUNS, Sides, added_ns
+from bench.row import Goal, Row, ratio, row, spread, unmeasured
+from bench.sides import OURS, Sides, added_ns, against_limit
 
 AGAINST_LIMIT = Goal(1.25, "×", "against")
 AGAINST_RUNQSLOWER = Goal(0.35, "×", "against")
@@ -30,19 +30,8 @@ def measure(rounds: int = ROUNDS, steps: int = STEPS) -> list[Row]:
         sides = Sides(stack, ["sched_switch", "sched_wakeup"], {"runqslower": runqslower})
         us = sides.interleave(lambda: pipe_us(steps), rounds)
     added = added_ns(us)
-    ours, limit = spread(added[OURS], "ns"), spread(added[LIMIT], "ns")
-    rows = [
-        row(
-            f"{NAME}, against two empty programs",
-            ours,
-            reference=limit,
-            against=ratio(ours, limit),
-            goal=AGAINST_LIMIT,
-            why=f"{rounds} rounds of {RUNS} x {steps} steps a side; a step without any program "
-            f"takes {spread(us[NONE], 'us').text}; more than the empty ones: "
-            f"{differences(added[OURS], added[LIMIT], 'ns').text}",
-        )
-    ]
+    ours = spread(added[OURS], "ns")
+    rows = [against_limit(NAME, us, f"{steps} steps", "step", AGAINST_LIMIT)]
     name = f"{NAME}, against runqslower"
     for missing in sides.missing.values():
         return [*rows, unmeasured(name, missing, AGAINST_RUNQSLOWER)]

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 from bench.bpf import NOTHING, BenchError, empty
 from bench.processes import Tool, our_programs, programs_of
+from bench.row import Goal, Row, differences, ratio, row, spread
 
 NONE, LIMIT, OURS = "none", "limit", "ours"
 RUNS = 2
@@ -57,3 +58,27 @@ def added_ns(us: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
         for side, own in us.items()
         if side != NONE
     }
+
+
+def against_limit(
+    name: str, us: Mapping[str, Sequence[float]], load: str, unit: str, goal: Goal | None = None
+) -> Row:
+    """What a step takes more because of us, against two empty programs.
+
+    Args:
+        us: from :meth:`Sides.interleave`.
+        load: what a round is made of, such as ``2 x 100 steps a side``.
+        unit: what one of it is called.
+    """
+    added = added_ns(us)
+    ours, limit = spread(added[OURS], "ns"), spread(added[LIMIT], "ns")
+    return row(
+        f"{name}, against two empty programs",
+        ours,
+        reference=limit,
+        against=ratio(ours, limit),
+        goal=goal,
+        why=f"{len(us[NONE])} rounds of {RUNS} x {load} a side; a {unit} without any program takes "
+        f"{spread(us[NONE], 'us').text}; more than the empty ones: "
+        f"{differences(added[OURS], added[LIMIT], 'ns').text}",
+    )

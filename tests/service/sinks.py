@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -15,8 +17,12 @@ import uvloop
 from stalld.events import rfc3339
 from stalld.sinks.outbox import Gap, Stats
 from stalld.sinks.sink import Context, Sink, Trouble
+from tests.service.rsyslog import Rsyslog
 
 CLOSE_S = 1.0
+MAX_PUT_S = 0.02
+STOPPED_KIB = 64
+"""The queue of a sink whose server stands still."""
 
 
 def wait_until(true: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
@@ -126,6 +132,36 @@ def make_event(number: int, padding: int = 0) -> dict[str, Any]:
         "deep": {"list": [1, {"x": -2}], "empty": {}},
         "padding": "x" * padding,
     }
+
+
+def put_while_stopped(rsyslog: Rsyslog, sink: Running, count: int) -> Stats:
+    """Put so many events, with the queue full, while the server reads nothing.
+
+    No put may wait and the queue stays bounded; then the server goes on, and has all that
+    waited, and one event more.
+
+    Returns:
+        The counts while it stood still.
+    """
+    sink.put(1)
+    sink.wait_delivered(1)
+    rsyslog.kill(signal.SIGSTOP)
+    try:
+        wait_until(lambda: bool(sink.put(50, padding=1000)) and sink.stats.dropped > 0, "full")
+        sink.put_s.clear()
+        sink.put(count, padding=1000)
+        stats = sink.stats
+        assert stats.queued <= STOPPED_KIB  # An event has more than a KiB.
+        assert max(sink.put_s) < MAX_PUT_S
+        print(f"put, blocked: median {statistics.median(sink.put_s) * 1e6:.1f} us")
+    finally:
+        rsyslog.kill(signal.SIGCONT)
+    wait_until(lambda: sink.stats.queued == 0, "all delivered")
+    sink.put(1)
+    last = sink.count - 1
+    wait_until(lambda: rsyslog.events()[-1].get("number") == last, "the last event")
+    assert told_gaps(rsyslog.events(), sink.count) == stats.dropped
+    return stats
 
 
 def told_gaps(events: list[dict[str, Any]], count: int) -> int:

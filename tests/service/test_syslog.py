@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import statistics
 import threading
 import time
 from pathlib import Path
@@ -18,9 +17,8 @@ from stalld import config
 from stalld.sinks.syslog import SyslogSink
 from tests.service.peer import Peer
 from tests.service.rsyslog import Rsyslog
-from tests.service.sinks import Running, told_gaps, wait_until
+from tests.service.sinks import STOPPED_KIB, Running, put_while_stopped, wait_until
 
-MAX_PUT_S = 0.02
 """Generous, for a busy machine: a put that waited would wait for seconds."""
 
 
@@ -99,25 +97,11 @@ def test_server_comes_goes_and_comes(tmp_path: Path, way: str) -> None:
 @pytest.mark.parametrize("way", ["tcp", "unix"])
 def test_stopped_server(tmp_path: Path, way: str) -> None:
     """A server that reads nothing delays no put; the queue is bounded, and a line tells the gap."""
-    with Rsyslog(tmp_path) as rsyslog, running(place(rsyslog, way), queue_kib=64) as sink:
-        sink.put(1)
-        sink.wait_delivered(1)
-        rsyslog.kill(signal.SIGSTOP)
-        try:
-            wait_until(lambda: bool(sink.put(50, padding=1000)) and sink.stats.dropped > 0, "full")
-            sink.put_s.clear()
-            sink.put(1000, padding=1000)
-            stats = sink.stats
-            assert stats.queued <= 64
-            assert max(sink.put_s) < MAX_PUT_S
-            print(f"put, blocked: median {statistics.median(sink.put_s) * 1e6:.1f} us")
-        finally:
-            rsyslog.kill(signal.SIGCONT)
-        wait_until(lambda: sink.stats.queued == 0, "all delivered")
-        total = sink.count
-        sink.put(1)
-        wait_until(lambda: rsyslog.events()[-1].get("number") == total, "the last event")
-        assert told_gaps(rsyslog.events(), total + 1) == stats.dropped
+    with (
+        Rsyslog(tmp_path) as rsyslog,
+        running(place(rsyslog, way), queue_kib=STOPPED_KIB) as sink,
+    ):
+        put_while_stopped(rsyslog, sink, 1000)
 
 
 def test_too_long_for_a_datagram(tmp_path: Path) -> None:

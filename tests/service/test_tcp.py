@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,9 +17,8 @@ from stalld.sinks import connection
 from stalld.sinks.tcp import TcpSink
 from tests.service.peer import Certificates, Peer
 from tests.service.rsyslog import Rsyslog, free_port
-from tests.service.sinks import Running, told_gaps, wait_until
+from tests.service.sinks import STOPPED_KIB, Running, put_while_stopped, wait_until
 
-MAX_PUT_S = 0.02
 """Generous, for a busy machine: a put that waited would wait for seconds."""
 
 
@@ -143,28 +141,11 @@ def test_stopped_peer(tmp_path: Path) -> None:
     """A peer that reads nothing delays no put; the queue is bounded, and a line tells the gap."""
     with (
         Rsyslog(tmp_path) as rsyslog,
-        running(rsyslog.address, queue_kib=64) as sink,
+        running(rsyslog.address, queue_kib=STOPPED_KIB) as sink,
     ):
-        sink.put(1)
-        sink.wait_delivered(1)
-        rsyslog.kill(signal.SIGSTOP)
-        try:
-            wait_until(lambda: bool(sink.put(50, padding=1000)) and sink.stats.dropped > 0, "full")
-            sink.put_s.clear()
-            sink.put(2000, padding=1000)
-            stats = sink.stats
-            assert stats.dropped > 1900  # The kernel may have had room for some more.
-            assert stats.queued <= 64
-            assert max(sink.put_s) < MAX_PUT_S
-            print(f"put, blocked: median {statistics.median(sink.put_s) * 1e6:.1f} us")
-        finally:
-            rsyslog.kill(signal.SIGCONT)
-        wait_until(lambda: sink.stats.queued == 0, "all delivered")
-        sink.put(1)
-        total = sink.count
-        wait_until(lambda: rsyslog.events()[-1].get("number") == total - 1, "the last event")
-        assert told_gaps(rsyslog.events(), total) == stats.dropped
-        assert sink.stats[1:] == (total - stats.dropped, 0, stats.dropped)
+        stats = put_while_stopped(rsyslog, sink, 2000)
+        assert stats.dropped > 1900  # The kernel may have had room for some more.
+        assert sink.stats[1:] == (sink.count - stats.dropped, 0, stats.dropped)
 
 
 def test_vanished_peer(monkeypatch: pytest.MonkeyPatch) -> None:
