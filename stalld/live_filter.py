@@ -90,12 +90,8 @@ class Filter:
             frozenset(read.get("event", ())),
         )
 
-    def matches(self, event: Mapping[str, Any]) -> bool:
-        """Whether an event passes."""
-        return self.passes(Facts.of(event))
-
     def passes(self, facts: Facts) -> bool:
-        """The same, where many filters look at one event."""
+        """Whether an event passes; its facts are the same for all filters."""
         if self.events and facts.event not in self.events:
             return False
         if self.min_ms is not None and (facts.ms is None or facts.ms < self.min_ms):

@@ -124,18 +124,15 @@ class Outbox:
         with self._mutex:
             return self._lines[0].data if self._lines else b""
 
-    def advance(self, count: int) -> list[bytes]:
-        """``count`` bytes of what :meth:`chunk` gave were taken; the lines that are whole now."""
-        done = []
+    def advance(self, count: int) -> None:
+        """``count`` bytes of what :meth:`chunk` gave were taken."""
         with self._mutex:
             self._written += count
             while self._lines and self._written >= len(self._lines[0].data):
                 line = self._pop()
                 self._written -= len(line.data)
                 self._delivered += line.counts
-                done.append(line.data)
             self._close_gap()
-        return done
 
     def hand_over(self, count: int, *, whole: bool = False) -> None:
         """``count`` bytes of what :meth:`chunk` gave were taken; keep the lines.
