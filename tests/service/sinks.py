@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 import statistics
@@ -12,12 +11,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Self
 
-import uvloop
-
 from stalld.events import rfc3339
-from stalld.sinks.outbox import Gap, Stats
-from stalld.sinks.sink import Context, Sink, Trouble
+from stalld.sinks.outbox import Stats
+from stalld.sinks.sink import Context, Sink
 from tests.service.rsyslog import Rsyslog
+from tests.service.surroundings import Loop, until
 
 CLOSE_S = 1.0
 MAX_PUT_S = 0.02
@@ -25,16 +23,13 @@ STOPPED_KIB = 64
 """The queue of a sink whose server stands still."""
 
 
-def wait_until(true: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
-    """Fails when that does not come true in time."""
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.01)
+def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 10.0) -> None:
+    """:func:`until`, with the time that a real server may take."""
+    until(condition, timeout_s, what)
 
 
 class Running:
-    """The loop runs in a thread of its own; the test's thread is the reader's.
+    """A sink in surroundings of its own; the test's thread is the reader's.
 
     Args:
         make: makes the sink.
@@ -42,43 +37,35 @@ class Running:
     """
 
     def __init__(self, make: Callable[[Context], Sink], *, plain: bool = False) -> None:
-        self._loop = asyncio.new_event_loop() if plain else uvloop.new_event_loop()
-        self.troubles: list[Trouble] = []
+        self._make = make
+        self._surroundings = Loop(plain=plain)
         self.put_s: list[float] = []
         self.count = 0
         self._lock = threading.Lock()  # As the reader's.
-        self.sink = make(Context(self._loop, self.troubles.append, _tell_gap, time.time_ns))
-        self._thread = threading.Thread(target=self._run)
         self._closed = False
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        self._loop.call_soon_threadsafe(self.sink.open)
+        self._surroundings.__enter__()
+        self.troubles = self._surroundings.troubles
+        self.sink = self._make(self._surroundings.context)
+        self._surroundings.call(self.sink.open)
         return self
 
     def __exit__(self, *_: object) -> None:
         try:
             self.close(0.0)
         finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            self._loop.run_forever()
-        finally:
-            self._loop.run_until_complete(self._loop.shutdown_default_executor())
-            self._loop.close()
+            self._surroundings.__exit__()
 
     def close(self, within_s: float = CLOSE_S) -> None:
-        """Close the sink as the service does."""
+        """Close the sink; what was not delivered counts as queued still."""
         if not self._closed:
             self._closed = True
 
             async def close() -> None:
-                await self.sink.close(self._loop.time() + within_s)
+                await self.sink.close(self._surroundings.loop.time() + within_s)
 
-            asyncio.run_coroutine_threadsafe(close(), self._loop).result(within_s + 10)
+            self._surroundings.run(close(), within_s + 10)
 
     def put(self, count: int = 1, padding: int = 0, pause_s: float = 0.0) -> list[dict[str, Any]]:
         """Put numbered events, each with so many bytes more than it needs."""
@@ -176,8 +163,3 @@ def told_gaps(events: list[dict[str, Any]], count: int) -> int:
             following, missing = event["number"] + 1, 0
     assert following == count
     return told
-
-
-def _tell_gap(name: str, gap: Gap) -> bytes:
-    event = make_event(-1) | {"event": "degraded", "sink": name} | gap._asdict()
-    return json.dumps(event).encode() + b"\n"

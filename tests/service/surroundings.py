@@ -19,10 +19,19 @@ from stalld.sinks.sink import Context, Sink, Trouble
 
 
 class Loop:
-    """A uvloop in a thread of its own, and what a sink needs of its surroundings."""
+    """A loop in a thread of its own, and what a sink needs of its surroundings.
+
+    Args:
+        plain: asyncio's own loop, not uvloop.
+    """
+
+    def __init__(self, *, plain: bool = False) -> None:
+        self._plain = plain
 
     def __enter__(self) -> Self:
-        self.loop = uvloop.new_event_loop()
+        self.loop: asyncio.AbstractEventLoop = (
+            asyncio.new_event_loop() if self._plain else uvloop.new_event_loop()
+        )
         self.troubles: list[Trouble] = []
         self.emitter = Emitter(lambda line, event: self._publish(line, event), time.time_ns, "host")
         self._publish: Callable[[bytes, Event], None] = lambda line, event: None
@@ -37,6 +46,7 @@ class Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.run(self.loop.shutdown_default_executor())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(10)
         assert not self._thread.is_alive()
@@ -72,11 +82,11 @@ class Loop:
         return time.perf_counter() - begun
 
 
-def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+def until(condition: Callable[[], object], timeout_s: float = 5.0, what: str = "it") -> None:
     """Wait until it holds; fail when it does not in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "it does not come to hold"
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
         time.sleep(0.005)
 
 
