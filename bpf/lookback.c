@@ -27,7 +27,7 @@ static __always_inline void check_late(struct cpu_state *st, struct watch_config
 
 	if (late < cfg->threshold_ns)
 		return;
-	begin(st, cfg, now - max_u63(late, oldest_overdue(st, cfg, now)), now, st->waiting);
+	begin(st, cfg, now - max_u63(late, oldest_overdue(st, cfg, now)), now, any_waiting(st));
 	st->late_ns = max_u63(st->late_ns, late);
 }
 
@@ -55,7 +55,7 @@ static __always_inline u32 tick_kind(struct cpu_state *st, struct watch_config *
 	bpf_probe_read_kernel(&segment, sizeof(u16), &regs->cs);
 	if (segment & 3)
 		return TICK_USER;
-	if (st->waiting || st->active || any_raised(st) || ticks % WALK_EVERY == 0)
+	if (any_waiting(st) || st->active || any_raised(st) || ticks % WALK_EVERY == 0)
 		return TICK_STACK;
 	bpf_probe_read_kernel(address, sizeof(*address), &regs->ip);
 	return TICK_ADDRESS;

@@ -37,7 +37,7 @@ int handle_nmi(struct bpf_perf_event_data *ctx)
 	late = tick_lateness(st, false, now);
 	if (late < cfg->threshold_ns)
 		return 0;
-	begin(st, cfg, now - late, now, st->waiting);
+	begin(st, cfg, now - late, now, any_waiting(st));
 	st->late_ns = max_u63(st->late_ns, late);
 	if (st->sample_nr >= cfg->max_samples || now < st->next_sample_ns)
 		return 0;

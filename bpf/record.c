@@ -151,7 +151,7 @@ static __always_inline void verify_waiters(struct cpu_state *st, struct watch_co
 		if (age(waiter->since_ns, now) < cfg->threshold_ns || still_waits(waiter, cpu))
 			continue;
 		waiter->since_ns = 0;
-		st->waiting &= ~(1 << slot);
+		st->waiting[slot] = 0;
 		st->missed++;
 	}
 }
@@ -161,7 +161,7 @@ static __always_inline u32 look(struct cpu_state *st, struct watch_config *cfg, 
 {
 	u64 oldest, late;
 
-	if (st->waiting)
+	if (any_waiting(st))
 		verify_waiters(st, cfg, now);
 	oldest = oldest_overdue(st, cfg, now);
 	if (oldest && !(u32)bpf_get_current_pid_tgid() && !st->serving) {
@@ -173,7 +173,7 @@ static __always_inline u32 look(struct cpu_state *st, struct watch_config *cfg, 
 	if (!oldest)
 		return end(st, cfg, now) ? RECORD_CLOSE : 0;
 
-	begin(st, cfg, now - oldest, now, st->waiting);
+	begin(st, cfg, now - oldest, now, any_waiting(st));
 	/* Another timer that came too late as well may be called before the tick's. */
 	late = now - st->last_tick_ns < cfg->threshold_ns ? 0 : tick_lateness(st, false, now);
 	if (late >= cfg->threshold_ns)
@@ -197,7 +197,7 @@ static __always_inline void waited(struct cpu_state *st, struct watch_config *cf
 	struct waiter *waiter = &st->waiters[rec->sample_nr & (WAITERS - 1)];
 	u64 wait = rec->time_ns - rec->started_ns;
 
-	begin(st, cfg, rec->started_ns, rec->time_ns, st->waiting || source == SOURCE_SWITCH);
+	begin(st, cfg, rec->started_ns, rec->time_ns, any_waiting(st) || source == SOURCE_SWITCH);
 	if (source == SOURCE_ENTRY && vec < VEC_COUNT) {
 		if (wait > st->waited_ns[vec])
 			st->waited_ns[vec] = wait;

@@ -174,10 +174,11 @@ struct waiter {
  * no two CPUs share a cache line.
  */
 struct cpu_state {
-	u32 waiting; /* a bit per waiter */
-	u32 active; /* a stall goes on */
+	/* Which waiters wait. Bytes: another CPU may wake one between a load and a store. */
+	u8 waiting[WAITERS];
 	u64 running; /* the watched thread that has the CPU; 0: none has */
-	u32 serving; /* vector in service plus 1; 0: none */
+	u16 active; /* a stall goes on */
+	u16 serving; /* vector in service plus 1; 0: none */
 	u32 timed_mask; /* vectors whose raises are timed, and BRIEF */
 	u64 serving_since;
 	/* Which of raised are not 0. Bytes: interrupts may come between a load and a store. */

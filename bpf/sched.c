@@ -45,13 +45,13 @@ static __always_inline void wait_begins(struct cpu_state *st, u64 task, u32 pid,
 	}
 	slot &= WAITERS - 1;
 	waiter = &st->waiters[slot];
-	if (!st->waiting && !st->active)
+	if (!any_waiting(st) && !st->active)
 		st->switches = 0;
 	waiter->task = task;
 	waiter->pid = pid;
 	/* It did not wait before, else it could not be woken: what stood here was stale. */
 	waiter->since_ns = now;
-	st->waiting |= 1 << slot;
+	st->waiting[slot] = 1;
 }
 
 /* Where in its bucket a woken task stands; BUCKET_TASKS: it is not watched. */
@@ -173,8 +173,7 @@ int handle_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
 
-	/* waiting and active, with one load. */
-	if (st && (*(u64 *)&st->waiting | st->running))
+	if (st && (any_waiting(st) | st->running | st->active))
 		tails.call(ctx, TAIL_SWITCH);
 	return 0;
 }
@@ -195,7 +194,7 @@ int handle_watched_switch(struct bpf_raw_tracepoint_args *ctx)
 	}
 	next = ctx->args[2];
 	opaque(next);
-	if (!(st->waiting | st->active))
+	if (!any_waiting(st) && !st->active)
 		return 0;
 	now = bpf_ktime_get_ns();
 	st->switched_ns = now;
@@ -206,7 +205,7 @@ int handle_watched_switch(struct bpf_raw_tracepoint_args *ctx)
 		st->switches++;
 		bpf_probe_read_kernel(&pid, sizeof(pid), &((struct task_struct *)next)->pid);
 		/* The idle task runs only when nobody waits. */
-		if (!pid && st->waiting)
+		if (!pid && any_waiting(st))
 			nobody_waits(st);
 		return 0;
 	}
@@ -214,7 +213,7 @@ int handle_watched_switch(struct bpf_raw_tracepoint_args *ctx)
 	waiter = &st->waiters[slot & (WAITERS - 1)];
 	since = waiter->since_ns;
 	waiter->since_ns = 0;
-	st->waiting &= ~(1 << (slot & (WAITERS - 1)));
+	st->waiting[slot & (WAITERS - 1)] = 0;
 	st->running = next;
 	st->running_pid = waiter->pid;
 	if (age(since, now) < st->threshold_ns)

@@ -81,6 +81,11 @@ static __always_inline u64 any_raised(struct cpu_state *st)
 	return words[0] | words[1];
 }
 
+static __always_inline u64 any_waiting(struct cpu_state *st)
+{
+	return *(u64 *)st->waiting;
+}
+
 static __always_inline void forget_raises(struct cpu_state *st)
 {
 	__builtin_memset(st->raised, 0, sizeof(st->raised));
@@ -115,7 +120,7 @@ static __always_inline void forget_waiters(struct cpu_state *st)
 
 	for (i = 0; i < WAITERS; i++)
 		st->waiters[i].since_ns = 0;
-	st->waiting = 0;
+	*(u64 *)st->waiting = 0;
 }
 
 /* The CPU is idle, so whatever was thought to wait does not. */

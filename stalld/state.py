@@ -35,10 +35,10 @@ class CpuState(ctypes.Structure):
     """``struct cpu_state``: what one CPU knows about itself."""
 
     _fields_ = (
-        ("waiting", ctypes.c_uint32),
-        ("active", ctypes.c_uint32),
+        ("waiting", ctypes.c_uint8 * WAITERS),
         ("running", ctypes.c_uint64),
-        ("serving", ctypes.c_uint32),
+        ("active", ctypes.c_uint16),
+        ("serving", ctypes.c_uint16),
         ("timed_mask", ctypes.c_uint32),
         ("serving_since", ctypes.c_uint64),
         ("pending", ctypes.c_uint8 * VEC_PENDING),
