@@ -17,7 +17,7 @@ int handle_cpuhp_enter(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	forget_raises(st);
 	forget_waiters(st);
-	st->running = 0;
+	st->runs = 0;
 	st->serving = 0;
 	st->net_rx_since = 0;
 	st->last_tick_ns = 0;

@@ -176,9 +176,10 @@ struct waiter {
 struct cpu_state {
 	/* Which waiters wait. Bytes: another CPU may wake one between a load and a store. */
 	u8 waiting[WAITERS];
-	u64 running; /* the watched thread that has the CPU; 0: none has */
 	u16 active; /* a stall goes on */
-	u16 serving; /* vector in service plus 1; 0: none */
+	u16 runs; /* a watched thread has the CPU: running */
+	u32 serving; /* vector in service plus 1; 0: none */
+	u32 vec_mask;
 	u32 timed_mask; /* vectors whose raises are timed, and BRIEF */
 	u64 serving_since;
 	/* Which of raised are not 0. Bytes: interrupts may come between a load and a store. */
@@ -231,8 +232,7 @@ struct cpu_state {
 	u32 napi_ifindex;
 	u32 napi_work;
 	u32 napi_budget;
-	u32 running_pid;
-	u32 vec_mask;
+	u64 running;
 	char napi_name[COMM_LEN];
 	u64 told_task; /* seq << 32 | tid of the task that a task_record was last written of */
 };

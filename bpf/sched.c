@@ -110,7 +110,7 @@ int handle_watched_wakeup(struct bpf_raw_tracepoint_args *ctx)
 	if (on_cpu) {
 		/* Woken while it runs, on its way to sleep: it stays. */
 		st->running = task;
-		st->running_pid = pid;
+		st->runs = 1;
 	} else {
 		wait_begins(st, task, pid, bpf_ktime_get_ns());
 	}
@@ -173,7 +173,8 @@ int handle_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
 
-	if (st && (any_waiting(st) | st->running | st->active))
+	/* active and runs, with one load. */
+	if (st && (any_waiting(st) | *(u32 *)&st->active))
 		tails.call(ctx, TAIL_SWITCH);
 	return 0;
 }
@@ -187,10 +188,13 @@ int handle_watched_switch(struct bpf_raw_tracepoint_args *ctx)
 
 	if (!st)
 		return 0;
-	if (st->running) {
-		if (st->running == ctx->args[1] && still_runnable(ctx))
-			wait_begins(st, st->running, st->running_pid, bpf_ktime_get_ns());
-		st->running = 0;
+	if (st->runs) {
+		if (st->running == ctx->args[1] && still_runnable(ctx)) {
+			bpf_probe_read_kernel(&pid, sizeof(pid),
+					      &((struct task_struct *)ctx->args[1])->pid);
+			wait_begins(st, st->running, pid, bpf_ktime_get_ns());
+		}
+		st->runs = 0;
 	}
 	next = ctx->args[2];
 	opaque(next);
@@ -215,7 +219,7 @@ int handle_watched_switch(struct bpf_raw_tracepoint_args *ctx)
 	waiter->since_ns = 0;
 	st->waiting[slot & (WAITERS - 1)] = 0;
 	st->running = next;
-	st->running_pid = waiter->pid;
+	st->runs = 1;
 	if (age(since, now) < st->threshold_ns)
 		since = 0;
 	if (since || st->active)

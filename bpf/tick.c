@@ -12,8 +12,7 @@ int handle_hrtimer_expire(struct bpf_raw_tracepoint_args *ctx)
 	if (!st)
 		return 0;
 	/* active: whatever is overdue no more is closed at the tick at the latest. */
-	/* active and serving, with one load. */
-	pending = any_waiting(st) | *(u32 *)&st->active | any_raised(st);
+	pending = any_waiting(st) | st->active | st->serving | any_raised(st);
 	if (!pending || !st->threshold_ns)
 		return 0;
 	now = bpf_ktime_get_ns();

@@ -36,9 +36,10 @@ class CpuState(ctypes.Structure):
 
     _fields_ = (
         ("waiting", ctypes.c_uint8 * WAITERS),
-        ("running", ctypes.c_uint64),
         ("active", ctypes.c_uint16),
-        ("serving", ctypes.c_uint16),
+        ("runs", ctypes.c_uint16),
+        ("serving", ctypes.c_uint32),
+        ("vec_mask", ctypes.c_uint32),
         ("timed_mask", ctypes.c_uint32),
         ("serving_since", ctypes.c_uint64),
         ("pending", ctypes.c_uint8 * VEC_PENDING),
@@ -89,8 +90,7 @@ class CpuState(ctypes.Structure):
         ("napi_ifindex", ctypes.c_uint32),
         ("napi_work", ctypes.c_uint32),
         ("napi_budget", ctypes.c_uint32),
-        ("running_pid", ctypes.c_uint32),
-        ("vec_mask", ctypes.c_uint32),
+        ("running", ctypes.c_uint64),
         ("napi_name", ctypes.c_char * COMM_LEN),
         ("told_task", ctypes.c_uint64),
     )
