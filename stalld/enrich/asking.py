@@ -115,7 +115,10 @@ class Asking:
         if len(self._questions) >= MAX_QUESTIONS:
             return Answer(Asked(), Unknown.BUSY)
         self._keep(question, _UNTIL_THEN)
-        self._stay_off_the_stuck_cpu()
+        if not hangs:
+            # It sleeps, so it moves at once. At work it may stand on the CPU that is stuck, and
+            # whoever moves it then has to wait for that.
+            self._stay_off_the_stuck_cpu()
         self._questions.append(question)
         self._news.notify_all()
         begun_s = time.monotonic()

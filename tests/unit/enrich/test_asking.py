@@ -103,6 +103,21 @@ def test_one_that_hangs_delays_nobody(asking: Asking, proc: Proc) -> None:
     assert proc.asked <= MAX_QUESTIONS + 1
 
 
+def test_moved_only_while_it_sleeps(asking: Asking, proc: Proc) -> None:
+    """It works where the asker is; at work, perhaps on the stuck CPU, nobody waits to move it."""
+    allowed = os.sched_getaffinity(0)
+    thread = asking._thread.native_id
+    assert thread is not None
+    try:
+        for number, cpu in enumerate(sorted(allowed)[:2]):
+            os.sched_setaffinity(0, {cpu})
+            asking.answer(question(number))
+            # The first question hangs.
+            assert os.sched_getaffinity(thread) == {min(allowed)}
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 def test_waits_are_rare(asking: Asking, proc: Proc) -> None:
     """A storm of stalls that each would wait does not: a small part of the time at most."""
     waited = 0
