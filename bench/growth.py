@@ -33,7 +33,7 @@ from stalld.probe.client import ProbeChild, bpf_directory, possible_cpus
 from stalld.probe.protocol import Request
 from stalld.reader import online_cpus
 from tests.injector.records import RecordSource
-from tests.kernel.daemon import COMMAND
+from tests.kernel.daemon import COMMAND, descriptors_of
 from tests.kernel.daemon import STALLED_CPU as CPU
 
 CPUS = 256
@@ -119,8 +119,7 @@ def _buffers(pid: int) -> tuple[float, int]:
         if line.endswith("[perf_event]"):
             first, last = (int(number, 16) for number in line.split()[0].split("-"))
             kib += (last - first) / 1024
-    links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
-    return kib, sum(link.endswith("[perf_event]") for link in links)
+    return kib, sum(link.endswith("[perf_event]") for link in descriptors_of(pid))
 
 
 def watched_threads() -> Iterator[Row]:

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -177,19 +178,28 @@ def bpf_objects() -> set[tuple[str, int]]:
 def bpf_objects_of(pid: int) -> set[tuple[str, int]]:
     """Those that a process holds a descriptor of."""
     found = set()
-    directory = Path(f"/proc/{pid}/fdinfo")
-    for fd in os.listdir(directory):
-        for line in (directory / fd).read_text().splitlines():
-            name, _, value = line.partition(":\t")
-            if name in ("prog_id", "map_id", "link_id"):
-                found.add((name.removesuffix("_id"), int(value)))
+    for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            for line in path.read_text().splitlines():
+                name, _, value = line.partition(":\t")
+                if name in ("prog_id", "map_id", "link_id"):
+                    found.add((name.removesuffix("_id"), int(value)))
+    return found
+
+
+def descriptors_of(pid: int | str) -> list[str]:
+    """What each descriptor of a process (or of ``self``) leads to, but for those just closed."""
+    found = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(path))
     return found
 
 
 def children(pid: int) -> list[int]:
     """Processes whose parent is ``pid``."""
-    path = Path(f"/proc/{pid}/task")
     found: list[int] = []
-    for task in os.listdir(path):
-        found += map(int, (path / task / "children").read_text().split())
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            found += map(int, path.read_text().split())
     return found

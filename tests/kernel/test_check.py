@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from stalld.probe import headers
 from stalld.probe.btf import VMLINUX_BTF, Btf
 from stalld.probe.client import ProbeChild, bpf_directory, possible_cpus
 from stalld.probe.protocol import Request
-from tests.kernel.daemon import COMMAND, bpf_objects
+from tests.kernel.daemon import COMMAND, bpf_objects, descriptors_of
 from tests.slowness import SLOWNESS, slow
 
 pytestmark = pytest.mark.kernel
@@ -75,11 +74,7 @@ def refusal(kind: type[ProbeError], **changes: Any) -> str:
 
 def bpf_descriptors() -> list[str]:
     """BPF programs, maps and links that this process holds."""
-    found = []
-    for fd in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):
-            found.append(os.readlink(fd))
-    return [target for target in found if "bpf" in target]
+    return [target for target in descriptors_of("self") if "bpf" in target]
 
 
 @pytest.mark.parametrize("how", [[], nobody("bpf", "perfmon", "syslog")], ids=["root", "nobody"])

@@ -15,14 +15,13 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from stalld.probe.loader import HOOKS, PROGRAMS
 from stalld.reader import online_cpus
-from tests.kernel.daemon import UNLIMITED, Daemon, bpf_objects_of
+from tests.kernel.daemon import UNLIMITED, Daemon, bpf_objects_of, descriptors_of
 
 pytestmark = pytest.mark.kernel
 
@@ -142,7 +141,7 @@ def test_programs(daemon: Daemon) -> None:
 def test_threads_and_descriptors(daemon: Daemon) -> None:
     """Few threads whatever the machine's size; three perf events for each CPU, and few others."""
     assert len(os.listdir(f"/proc/{daemon.pid}/task")) <= MAX_THREADS
-    links = [os.readlink(path) for path in Path(f"/proc/{daemon.pid}/fd").iterdir()]
+    links = descriptors_of(daemon.pid)
     perf = sum(link == "anon_inode:[perf_event]" for link in links)
     assert perf <= MAX_PERF_EVENTS_PER_CPU * len(online_cpus())
     assert len(links) - perf <= MAX_DESCRIPTORS
