@@ -44,6 +44,11 @@ _TYPE = struct.Struct("=I")
 TASK = struct.Struct(f"=QIIII{COMM_LEN}s")
 TICK = struct.Struct(f"=3Q14I{COMM_LEN}s{LOOKBACK_DEPTH}Q")
 
+# A look-up is several times faster than the call of an enumeration.
+_TYPES = {int(member): member for member in RecordType}
+_SOURCES = {int(member): member for member in Source}
+_TICK_KINDS = {int(member): member for member in TickKind}
+
 
 def is_task(data: bytes) -> bool:
     """Whether a perf-buffer record is one for :func:`decode_who`."""
@@ -75,10 +80,11 @@ def decode(data: bytes | memoryview) -> StallRecord:
         raise DecodeError(
             f"record of {len(data)} bytes ends before its stack of {kernel_bytes} bytes"
         )
-    try:
-        record_type, source = RecordType(head[0]), Source(head[1])
-    except ValueError as error:
-        raise DecodeError(f"unknown record: {error}") from None
+    record_type, source = _TYPES.get(head[0]), _SOURCES.get(head[1])
+    if record_type is None:
+        raise DecodeError(f"unknown type of record: {head[0]}")
+    if source is None:
+        raise DecodeError(f"unknown source of a record: {head[1]}")
     if record_type is RecordType.TASK:
         raise DecodeError("a task is not a stall")
     return StallRecord._make(
@@ -120,10 +126,9 @@ def decode_who(data: bytes) -> TaskRecord:
     for number, count in enumerate(counts):
         paths.append(NamePath(tuple(found[:count]), bool(cut >> number & 1)))
         del found[:count]
-    try:
-        source = Source(head[1])
-    except ValueError as error:
-        raise DecodeError(f"unknown record: {error}") from None
+    source = _SOURCES.get(head[1])
+    if source is None:
+        raise DecodeError(f"unknown source of a task: {head[1]}")
     *first, known, flags, tgid, tid, uid, parent, ns_pid, syscall, total = numbers
     return TaskRecord._make(
         (
@@ -164,9 +169,8 @@ def decode_tick(data: bytes) -> TickSample:
     *numbers, kind, serving, stack_bytes, comm = head[:18]
     if stack_bytes % 8 or stack_bytes > LOOKBACK_DEPTH * 8:
         raise DecodeError(f"impossible stack size of {stack_bytes} bytes in a tick sample")
-    try:
-        known = TickKind(kind)
-    except ValueError as error:
-        raise DecodeError(f"unknown tick sample: {error}") from None
+    known = _TICK_KINDS.get(kind)
+    if known is None:
+        raise DecodeError(f"unknown kind of tick sample: {kind}")
     stack = head[18 : 18 + stack_bytes // 8]
     return TickSample._make((*numbers, known, serving, comm.split(b"\0", 1)[0], stack))

@@ -12,6 +12,8 @@ from stalld.rings import Napi, Rings
 from stalld.state import Maps
 from stalld.track.model import Tick
 
+_MAX_EXPLAINED = 256
+
 
 class LocalHost:
     """Answers as ``track.model.Host`` asks.
@@ -34,6 +36,9 @@ class LocalHost:
         self._rings = rings
         self._symbols = symbols
         self._virtual = virtual
+        # By their times the ticks that were named since the symbols last changed.
+        self._explained: dict[int, Tick] = {}
+        self._version = symbols.version
 
     def ticks(self, cpu: int) -> Sequence[TickSample]:
         """What ran on ``cpu`` at its last ticks, oldest first."""
@@ -45,13 +50,14 @@ class LocalHost:
 
     def explain(self, sample: TickSample) -> Tick:
         """Name the stack of a tick."""
-        if sample.kind is TickKind.STACK:
-            stack = self._symbols.trimmed(sample.stack, "tick")
-            return Tick(sample, stack.mode, stack.frames)
-        if sample.kind is TickKind.USER:
-            return Tick(sample, "user", ())
-        mode = "softirq" if sample.serving else "kernel" if sample.tid else "idle"
-        return Tick(sample, mode, tuple(map(self._symbols.format, sample.stack)))
+        if self._version != self._symbols.version or len(self._explained) >= _MAX_EXPLAINED:
+            self._explained.clear()
+            self._version = self._symbols.version
+        # Two CPUs' ticks may come at the same time.
+        known = self._explained.get(sample.time_ns)
+        if known is None or known.sample is not sample:
+            known = self._explained[sample.time_ns] = self._explain(sample)
+        return known
 
     def counts(self) -> frozenset[str]:
         """Which of softnet_data's members the programs can read."""
@@ -68,6 +74,15 @@ class LocalHost:
         accounted too late, and some keep none.
         """
         return not self._virtual or self._maps.cpus[cpu].steal_version != 0
+
+    def _explain(self, sample: TickSample) -> Tick:
+        if sample.kind is TickKind.STACK:
+            stack = self._symbols.trimmed(sample.stack, "tick")
+            return Tick(sample, stack.mode, stack.frames)
+        if sample.kind is TickKind.USER:
+            return Tick(sample, "user", ())
+        mode = "softirq" if sample.serving else "kernel" if sample.tid else "idle"
+        return Tick(sample, mode, tuple(map(self._symbols.format, sample.stack)))
 
 
 def is_virtual(proc: str = "/proc", sys: str = "/sys") -> bool:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, overload
 
 from stalld.decode import TICK, decode_tick
 from stalld.records import COMM_LEN, LOOKBACK_RINGS, LOOKBACK_SAMPLES, NAPI_SLOTS, TickSample
-from stalld.state import Maps, map_array, map_memory
+from stalld.state import Maps, map_array, map_memory, words
 
 # tick_sample.time_ns, of one sample and of all in a CPU's rings.
 _TIME = struct.Struct("=Q")
 _SAMPLES = LOOKBACK_RINGS * LOOKBACK_SAMPLES
 _TIMES = struct.Struct("=" + f"Q{TICK.size - _TIME.size}x" * _SAMPLES)
 _RINGS_BYTES = _SAMPLES * TICK.size
+MAX_COPIES = 8
+"""CPUs of which the last copy is kept: some 200 KiB each, decoded."""
 
 
 class NapiSlot(ctypes.Structure):
@@ -55,17 +57,26 @@ BACKLOG = b"backlog"
 
 
 class Ticks(Sequence[TickSample]):
-    """A copy of a CPU's rings, oldest first; a sample is decoded when it is first asked for."""
+    """A copy of a CPU's rings, oldest first; a sample is decoded when it is first asked for.
 
-    def __init__(self, rings: bytes) -> None:
+    Args:
+        before: an older copy of the same rings: what both have is decoded once.
+    """
+
+    def __init__(self, rings: bytes, before: Ticks | None = None) -> None:
         self._rings = rings
-        times = zip(_TIMES.unpack(rings), range(0, _RINGS_BYTES, TICK.size), strict=True)
+        places = dict(zip(_TIMES.unpack(rings), range(0, _RINGS_BYTES, TICK.size), strict=True))
         # A sample's time is 0 while it is written, and where there never was one.
-        self._places = [at for time_ns, at in sorted(times) if time_ns]
-        self._decoded: dict[int, TickSample] = {}
+        places.pop(0, None)
+        self._places = places
+        self._times_ns = sorted(places)
+        known = {} if before is None else before._decoded
+        self._decoded: dict[int, TickSample] = {
+            at: known[at] for at in known.keys() & places.keys()
+        }
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._times_ns)
 
     @overload
     def __getitem__(self, index: int) -> TickSample: ...
@@ -73,14 +84,35 @@ class Ticks(Sequence[TickSample]):
     def __getitem__(self, index: slice) -> tuple[TickSample, ...]: ...
     def __getitem__(self, index: int | slice) -> TickSample | tuple[TickSample, ...]:
         if isinstance(index, slice):
-            return tuple(self._decode(at) for at in self._places[index])
-        return self._decode(self._places[index])
+            return tuple(map(self._decode, self._times_ns[index]))
+        return self._decode(self._times_ns[index])
 
-    def _decode(self, at: int) -> TickSample:
-        known = self._decoded.get(at)
+    def __iter__(self) -> Iterator[TickSample]:
+        return map(self._decode, self._times_ns)
+
+    def __reversed__(self) -> Iterator[TickSample]:
+        return map(self._decode, reversed(self._times_ns))
+
+    def _decode(self, time_ns: int) -> TickSample:
+        known = self._decoded.get(time_ns)
         if known is None:
-            known = self._decoded[at] = decode_tick(self._rings[at : at + TICK.size])
+            at = self._places[time_ns]
+            known = self._decoded[time_ns] = decode_tick(self._rings[at : at + TICK.size])
         return known
+
+
+class _State(NamedTuple):
+    """What tells that a CPU's rings are as they were.
+
+    Attributes:
+        seq: of the newest stall: the ring that is written changes with it.
+        ticks: written ever to that ring.
+        following: where in both rings the next one will be.
+    """
+
+    seq: int
+    ticks: int
+    following: int
 
 
 class Rings:
@@ -97,6 +129,9 @@ class Rings:
         self._cpus = maps.cpus
         self._samples = map_memory(rings_fd, cpus * _RINGS_BYTES)
         self._slots = map_array(NapiSlot, napis_fd, cpus * NAPI_SLOTS)
+        self._stalls = words(self._slots, "seq")
+        # By CPU the last copy, and what it was a copy of.
+        self._copies: dict[int, tuple[_State, Ticks]] = {}
 
     def ticks(self, cpu: int) -> Ticks:
         """The last ticks of ``cpu``, oldest first; those before its newest stall are kept longest.
@@ -104,31 +139,38 @@ class Rings:
         An idle CPU stops its tick, so the oldest may be from long ago.
         """
         first = cpu * _RINGS_BYTES
+        state, copied = self._copies.get(cpu, (None, None))
         while True:
-            following = self._following(cpu)
+            before = self._state(cpu)
+            if before == state and copied is not None:
+                return copied
             copy = self._samples[first : first + _RINGS_BYTES]
             # The kernel writes over the oldest: if it began to meanwhile, once more.
-            at = following[1]
+            at = before.following
             now = self._samples[first + at : first + at + _TIME.size]
-            if now == copy[at : at + _TIME.size] and following == self._following(cpu):
-                return Ticks(copy)
+            if now == copy[at : at + _TIME.size] and before == self._state(cpu):
+                ticks = Ticks(copy, copied)
+                self._copies.pop(cpu, None)
+                self._copies[cpu] = before, ticks
+                if len(self._copies) > MAX_COPIES:
+                    del self._copies[next(iter(self._copies))]
+                return ticks
 
-    def _following(self, cpu: int) -> tuple[int, int]:
-        """Number of the newest stall of ``cpu``, and where in its rings the next sample will be.
-
-        The place alone is the same again when two more stalls have begun.
-        """
+    def _state(self, cpu: int) -> _State:
         state = self._cpus[cpu]
         ring = state.ring & 1
-        place = ring * LOOKBACK_SAMPLES + state.ticks[ring] % LOOKBACK_SAMPLES
-        return state.seq, place * TICK.size
+        ticks = state.ticks[ring]
+        place = ring * LOOKBACK_SAMPLES + ticks % LOOKBACK_SAMPLES
+        return _State(state.seq, ticks, place * TICK.size)
 
     def polled(self, cpu: int, seq: int) -> Napi | None:
         """What ``cpu`` polled in its stall ``seq``; None: it had another one since."""
         if self._cpus[cpu].seq != seq:
             return None
         found: dict[tuple[int, bytes], Polled] = {}
-        for slot in self._slots_of(cpu):
+        seqs = self._stalls[cpu * NAPI_SLOTS : (cpu + 1) * NAPI_SLOTS].tolist()
+        # Most stalls poll nothing.
+        for slot in self._slots_of(cpu) if seq in seqs else ():
             if slot.napi and slot.seq == seq:
                 polled = Polled(slot.stall_polls, slot.stall_packets, slot.stall_exhausted)
                 found[_key(slot)] = _sum(found.get(_key(slot)), polled)

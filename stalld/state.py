@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from stalld.records import BRIEF_BIT, COMM_LEN, LOOKBACK_RINGS, VEC_PENDING, VECTORS, WAITERS
 
 TIMED_ALWAYS = sum(1 << VECTORS.index(name) for name in ("HI", "TASKLET"))
 
+# Of struct's formats those for 4 and 8 bytes.
+_WORDS: dict[int, Literal["I", "Q"]] = {4: "I", 8: "Q"}
 _Structure = TypeVar("_Structure", bound=ctypes.Structure)
 
 
@@ -195,7 +197,7 @@ class Maps:
 
     def total(self, counter: str) -> int:
         """Sum of one counter over all CPUs."""
-        return sum(int(getattr(state, counter)) for state in self.cpus)
+        return sum(words(self.cpus, counter))
 
     def serves_inline(self) -> bool | None:
         """Does this kernel serve softirqs while ksoftirqd is runnable?
@@ -212,6 +214,13 @@ class Maps:
 def map_array(kind: type[_Structure], fd: int, count: int) -> ctypes.Array[_Structure]:
     """The memory of an array map as ``count`` structures, shared with the kernel."""
     return (kind * count).from_buffer(map_memory(fd, ctypes.sizeof(kind) * count))
+
+
+def words(array: ctypes.Array[_Structure], name: str) -> memoryview[int]:
+    """One field of all structures of an array, as it is at any moment."""
+    field: Any = getattr(array._type_, name)
+    every = memoryview(array).cast("B").cast(_WORDS[field.size])
+    return every[field.offset // field.size :: ctypes.sizeof(array._type_) // field.size]
 
 
 def map_memory(fd: int, size: int) -> mmap.mmap:

@@ -70,6 +70,8 @@ class SymbolTable:
         self._frames: dict[int, _Frame] = {}
         self._stacks: OrderedDict[tuple[Kind | None, tuple[int, ...]], _Cached] = OrderedDict()
         self.needs_reload = False
+        self.version = 0
+        """Another one whenever an address may have got another name."""
 
     @property
     def hidden(self) -> bool:
@@ -84,8 +86,12 @@ class SymbolTable:
 
     def format(self, address: int) -> str:
         """``fn+0xoff``, with `` [module]`` outside the core kernel; unknown: ``0x…``."""
-        symbol = self.resolve(address)
-        return f"{address:#x}" if symbol is None else str(symbol)
+        frame = self._frames.get(address)
+        if frame is not None and frame.core:
+            return frame.text
+        if not self._base.is_core(address):
+            self._catch_up()
+        return self._frame(address, own=False, exact=True).text
 
     def format_stack(self, addresses: Sequence[int]) -> tuple[str, ...]:
         """All frames, innermost first, as `format` writes them; cached.
@@ -227,6 +233,7 @@ class SymbolTable:
         self._removed.pop(start, None)
 
     def _forget(self) -> None:
+        self.version += 1
         self._frames.clear()
         self._stacks.clear()
 

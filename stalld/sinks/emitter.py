@@ -38,8 +38,7 @@ class Emitter:
         self._logger = structlog.wrap_logger(
             self,
             processors=[structlog.processors.add_log_level, self._frame, _arguments],
-            cache_logger_on_first_use=True,
-        )
+        ).bind()
 
     def emit(self, event: str, level: str, fields: events.Event) -> None:
         """Make one event and hand it on."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple, overload
 
 from stalld.enrich.stack import leaves_interrupt, reaches_base
@@ -20,7 +22,7 @@ from stalld.records import (
     TickSample,
 )
 from stalld.rings import BACKLOG
-from stalld.track.gather import Stall
+from stalld.track.gather import Stall, time_ns
 from stalld.track.model import Blocker, Handler, Net, Observation, Tick
 from stalld.track.verdict import Evidence, Verdict
 
@@ -312,14 +314,10 @@ class Lookback(Sequence[Tick]):
 
     @cached_property
     def _ticks(self) -> tuple[Tick, ...]:
-        kept: list[TickSample] = []
-        for tick in reversed(self._before):
-            oldest_ns = self._started_ns - self._reach_ns
-            if tick.time_ns < oldest_ns or len(kept) == LOOKBACK_SAMPLES:
-                break
-            if tick.time_ns <= self._started_ns:
-                kept.append(tick)
-        return tuple(map(self._explain, reversed(kept)))
+        end = bisect_right(self._before, self._started_ns, key=time_ns)
+        oldest_ns = self._started_ns - self._reach_ns
+        first = bisect_left(self._before, oldest_ns, hi=end, key=time_ns)
+        return tuple(map(self._explain, self._before[max(first, end - LOOKBACK_SAMPLES) : end]))
 
     def __len__(self) -> int:
         return len(self._ticks)
@@ -337,6 +335,7 @@ def lookback(stall: Stall, explain: Callable[[TickSample], Tick], reach_ns: int)
     return Lookback(stall.before, stall.started_ns, explain, reach_ns)
 
 
+@lru_cache(maxsize=512)
 def path(frames: tuple[str, ...]) -> tuple[str, ...]:
     """A stack without offsets: samples of one loop count as one."""
-    return tuple(frame.partition("+0x")[0] for frame in frames)
+    return tuple(sys.intern(frame.partition("+0x")[0]) for frame in frames)

@@ -7,7 +7,6 @@ resolved; every count is reported; what stands out is not held back.
 from __future__ import annotations
 
 import enum
-import sys
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
@@ -195,7 +194,6 @@ def _starved_ns(update: Update) -> int:
 
 
 def _key(update: Update) -> _Key:
-    # One copy of each name, however many keys have it.
-    names = tuple(map(sys.intern, path(update.kernel_stack)))
     blocker = update.blocker
-    return _Key((blocker.tgid, blocker.comm) if blocker else None, names)
+    process = (blocker.tgid, blocker.comm) if blocker else None
+    return _Key(process, path(update.kernel_stack))

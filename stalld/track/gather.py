@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -25,7 +26,8 @@ class Stall:
     """One stall of one CPU; :meth:`take` adds a record to it.
 
     ``before`` are the CPU's last ticks as of the first record, ``meanwhile`` as
-    of the last look, and ``polled`` is what it polled until then.
+    of the last look, and ``polled`` is what it polled until then. ``during``: those
+    observations that were made while it lasted.
     """
 
     cpu: int
@@ -34,6 +36,7 @@ class Stall:
     before: Sequence[TickSample]
     last_ns: int = 0
     observations: list[Observation] = field(default_factory=list)
+    during: list[Observation] = field(default_factory=list)
     closing: Observation | None = None
     meanwhile: Sequence[TickSample] = ()
     polled: Napi | None = None
@@ -53,11 +56,6 @@ class Stall:
     def duration_ns(self) -> int:
         """So far, or in all."""
         return max(0, self.last_ns - self.started_ns)
-
-    @property
-    def during(self) -> list[Observation]:
-        """The samples taken while it lasted."""
-        return [o for o in self.observations if o.record.source in (Source.TICK, Source.NMI)]
 
     @property
     def last_record(self) -> StallRecord | None:
@@ -81,6 +79,8 @@ class Stall:
             self.lost = max(self.lost, record.sample_nr - len(self.observations))
         else:
             self.observations.append(observation)
+            if record.source in (Source.TICK, Source.NMI):
+                self.during.append(observation)
 
     def take_state(self, known: StallState) -> None:
         """Add what the shared state says of a stall whose closing record was lost."""
@@ -89,7 +89,7 @@ class Stall:
     def _take_waits(
         self, wait_ns: tuple[int, ...], waiter_ns: tuple[int, ...], waiter_pid: tuple[int, ...]
     ) -> None:
-        self.wait_ns = [max(pair) for pair in zip(self.wait_ns, wait_ns, strict=True)]
+        self.wait_ns = list(map(max, self.wait_ns, wait_ns))
         self.ksoftirqd_wait_ns = max(self.ksoftirqd_wait_ns, waiter_ns[KSOFTIRQD])
         for slot in range(KSOFTIRQD + 1, WAITERS):
             if waiter_ns[slot]:
@@ -98,7 +98,11 @@ class Stall:
 
     def ticks_inside(self) -> list[TickSample]:
         """The ticks of the stall that the ring still held at the last look."""
-        return [t for t in self.meanwhile if self.started_ns < t.time_ns <= self.last_ns]
+        first, end = (
+            bisect_right(self.meanwhile, at_ns, key=time_ns)
+            for at_ns in (self.started_ns, self.last_ns)
+        )
+        return list(self.meanwhile[first:end])
 
     def user_ticks_ns(self) -> list[int]:
         """When ticks of the stall found user code, as far as the rings tell."""
@@ -140,6 +144,11 @@ class Stall:
             return None  # Nothing to go by, or a clock that is not kept.
         at_first = min(_grown(base, first), max(0, first.time_ns - self.started_ns))
         return min(at_first + _grown(first, last), self.duration_ns)
+
+
+def time_ns(tick: TickSample) -> int:
+    """When it was; to search ticks, which are in order."""
+    return tick.time_ns
 
 
 def _grown(before: TickSample | StallRecord, after: TickSample | StallRecord) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from stalld.track.evidence import path
 from stalld.track.model import Update
 from stalld.track.verdict import Verdict
 
@@ -25,12 +26,20 @@ _MEMCG_STAT = frozenset(
 )
 
 
+def _always(_: Update) -> bool:
+    return True
+
+
 class Rule(NamedTuple):
-    """One rule: if it ``applies``, it ``says`` this; ``section`` of the runbook explains it."""
+    """What a line ``says`` if it has one of these verdicts, and the rule ``applies`` besides.
+
+    ``section``: of the runbook, which explains it.
+    """
 
     section: str
-    applies: Callable[[Update], bool]
+    verdicts: tuple[Verdict, ...]
     says: Callable[[Update], str]
+    applies: Callable[[Update], bool] = _always
 
 
 def see(sentence: str, section: str) -> str:
@@ -40,12 +49,9 @@ def see(sentence: str, section: str) -> str:
 
 def hint(update: Update) -> str | None:
     """The sentence for one line, or None where nothing can be said."""
-    rule = next((rule for rule in RULES if rule.applies(update)), None)
+    rules = _BY_VERDICT[update.verdict]
+    rule = next((rule for rule in rules if rule.applies(update)), None)
     return see(rule.says(update), rule.section) if rule else None
-
-
-def _of(verdict: Verdict, *further: Callable[[Update], bool]) -> Callable[[Update], bool]:
-    return lambda update: update.verdict is verdict and all(holds(update) for holds in further)
 
 
 def _plainly(sentence: str) -> Callable[[Update], str]:
@@ -55,8 +61,7 @@ def _plainly(sentence: str) -> Callable[[Update], str]:
 def _reads_memcg_stat(update: Update) -> bool:
     # A task in the kernel is to blame, and that is what it does there.
     return update.captured != "none" and any(
-        frame.partition("+0x")[0].partition(".")[0] in _MEMCG_STAT
-        for frame in update.kernel_stack or ()
+        name.partition(".")[0] in _MEMCG_STAT for name in path(update.kernel_stack or ())
     )
 
 
@@ -77,7 +82,8 @@ def _captured_after(update: Update) -> bool:
 
 
 def _over_an_interrupt(update: Update) -> bool:
-    return update.blocker is not None and update.blocker.mode == "hardirq"
+    interrupt = update.blocker is not None and update.blocker.mode == "hardirq"
+    return interrupt and _captured_after(update)
 
 
 def _polled(update: Update) -> bool:
@@ -91,19 +97,17 @@ def _late_for_half(update: Update) -> bool:
 RULES: tuple[Rule, ...] = (
     Rule(
         "memcg-stat-readers",
-        lambda update: (
-            update.verdict in (Verdict.STUCK_IN_KERNEL, Verdict.CPU_CONTENTION, Verdict.UNKNOWN)
-            and _reads_memcg_stat(update)
-        ),
+        (Verdict.STUCK_IN_KERNEL, Verdict.CPU_CONTENTION, Verdict.UNKNOWN),
         _plainly(
             "the task summed up the memory statistics of many cgroups: read memory.stat less "
             "often (fewer scrapes of cadvisor or kubelet), get rid of dying cgroups (drop_caches "
             "frees what keeps them), or use a kernel that limits such flushes"
         ),
+        _reads_memcg_stat,
     ),
     Rule(
         Verdict.STUCK_IN_KERNEL,
-        _of(Verdict.STUCK_IN_KERNEL),
+        (Verdict.STUCK_IN_KERNEL,),
         _plainly(
             "one task stayed in the kernel without rescheduling: look at what its stack's system "
             "call does and how often it is called"
@@ -111,21 +115,21 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         Verdict.SOFTIRQS_DISABLED,
-        _of(Verdict.SOFTIRQS_DISABLED),
+        (Verdict.SOFTIRQS_DISABLED,),
         _plainly(
             "the task held bottom halves off: look for a long local_bh_disable() or "
             "spin_lock_bh() section in its stack"
         ),
     ),
-    Rule("real-time-tasks", _of(Verdict.CPU_CONTENTION, _is_real_time), _says_real_time),
+    Rule("real-time-tasks", (Verdict.CPU_CONTENTION,), _says_real_time, _is_real_time),
     Rule(
         Verdict.CPU_CONTENTION,
-        _of(Verdict.CPU_CONTENTION),
+        (Verdict.CPU_CONTENTION,),
         _plainly("other tasks had the CPU: look at their number, priorities and CPU affinity"),
     ),
     Rule(
         Verdict.VCPU_PREEMPTED,
-        _of(Verdict.VCPU_PREEMPTED),
+        (Verdict.VCPU_PREEMPTED,),
         _plainly(
             "the hypervisor ran something else on this CPU: look at the overcommitment of the "
             "physical machine"
@@ -133,42 +137,48 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "interrupt-handlers-and-firmware",
-        _of(Verdict.IRQS_DISABLED, _captured_after, _over_an_interrupt),
+        (Verdict.IRQS_DISABLED,),
         _plainly(
             "an interrupt handler, or firmware, held the CPU while this task ran: look at "
             "/proc/interrupts and drivers"
         ),
+        _over_an_interrupt,
     ),
     Rule(
         Verdict.IRQS_DISABLED,
-        _of(Verdict.IRQS_DISABLED, _captured_after),
+        (Verdict.IRQS_DISABLED,),
         _plainly(
             "interrupts were off: the innermost frames are where they were enabled again; if "
             "that is no unlock or enable function, an interrupt handler or firmware had the CPU"
         ),
+        _captured_after,
     ),
     Rule(
         Verdict.IRQS_DISABLED,
-        _of(Verdict.IRQS_DISABLED),
+        (Verdict.IRQS_DISABLED,),
         _plainly("interrupts were off: look for a long spin_lock_irqsave() section in the stack"),
     ),
     Rule(
         Verdict.SOFTIRQ_HOG,
-        _of(Verdict.SOFTIRQ_HOG, _polled),
+        (Verdict.SOFTIRQ_HOG,),
         _plainly("one NAPI poll took long: look at the device's driver and what its packets pass"),
+        _polled,
     ),
     Rule(
         Verdict.SOFTIRQ_HOG,
-        _of(Verdict.SOFTIRQ_HOG),
+        (Verdict.SOFTIRQ_HOG,),
         _plainly("one softirq handler ran long: the frames above handle_softirqs show in what"),
     ),
     Rule(
         Verdict.UNKNOWN,
-        _of(Verdict.UNKNOWN, _late_for_half),
+        (Verdict.UNKNOWN,),
         _plainly(
             "the timer interrupt came late: interrupts were off, or the hypervisor had the CPU; "
             "its steal clock does not tell which"
         ),
+        _late_for_half,
     ),
 )
 """In this order; what is told of a verdict in a special case stands before what always holds."""
+
+_BY_VERDICT = {verdict: [rule for rule in RULES if verdict in rule.verdicts] for verdict in Verdict}

@@ -101,7 +101,7 @@ def test_every_truncation_is_refused(depth: int) -> None:
 @pytest.mark.parametrize("value", [0, len(RecordType) + 1, 0xFFFFFFFF])
 def test_unknown_type(value: int) -> None:
     """A type that the header does not know is refused and named."""
-    with pytest.raises(DecodeError, match=rf"{value} is not a valid RecordType"):
+    with pytest.raises(DecodeError, match=rf"unknown type of record: {value}$"):
         decode(struct.pack("=I", value) + encode(record())[4:])
 
 
@@ -109,7 +109,7 @@ def test_unknown_type(value: int) -> None:
 def test_unknown_source(value: int) -> None:
     """A source that the header does not know is refused and named."""
     raw = encode(record())
-    with pytest.raises(DecodeError, match=rf"{value} is not a valid Source"):
+    with pytest.raises(DecodeError, match=rf"unknown source of a record: {value}$"):
         decode(raw[:4] + struct.pack("=I", value) + raw[8:])
 
 
@@ -219,7 +219,7 @@ def test_unknown_kind_of_tick() -> None:
     """A kind that bpf/records.h does not know is refused and named."""
     raw = bytearray(encode_tick(tick(0)))
     struct.pack_into("=I", raw, TICK_KIND, 9)
-    with pytest.raises(DecodeError, match="9 is not a valid TickKind"):
+    with pytest.raises(DecodeError, match="unknown kind of tick sample: 9$"):
         decode_tick(bytes(raw))
 
 

@@ -23,6 +23,7 @@ class Symbols:
 
     def __init__(self) -> None:
         self.asked: list[tuple[tuple[int, ...], str]] = []
+        self.version = 0
 
     def trimmed(self, addresses: tuple[int, ...], kind: str) -> Trimmed:
         """Cuts nothing."""
@@ -84,6 +85,18 @@ def test_explain() -> None:
     found = made.host.explain(tick(5, stack=(1, 2)))
     assert found == (tick(5, stack=(1, 2)), "kernel", ("f1+0x1", "f2+0x1"))
     assert made.symbols.asked == [((1, 2), "tick")]
+
+
+def test_explain_again() -> None:
+    """A tick is named once, as long as the names stay; another one of the same time is its own."""
+    made = Made()
+    ticks = tick(5, stack=(1, 2)), tick(5, stack=(3,))
+    for each in (ticks[0], ticks[0], ticks[1]):
+        assert made.host.explain(each).sample is each
+    assert [asked for asked, _ in made.symbols.asked] == [(1, 2), (3,)]
+    made.symbols.version += 1
+    assert made.host.explain(ticks[1]).frames == ("f3+0x1",)
+    assert [asked for asked, _ in made.symbols.asked] == [(1, 2), (3,), (3,)]
 
 
 @pytest.mark.parametrize(

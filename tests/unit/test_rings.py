@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stalld.decode import TICK
 from stalld.records import LOOKBACK_DEPTH, LOOKBACK_RINGS, LOOKBACK_SAMPLES, NAPI_SLOTS
-from stalld.rings import NapiSlot, Rings, Ticks
+from stalld.rings import MAX_COPIES, NapiSlot, Rings, Ticks
 from tests.unit import make
 from tests.unit.make import MS, T0, keep, tick
 
@@ -119,6 +119,31 @@ class TestTicks:
         assert next(reversed(ticks)) == ticks[-1]
         with pytest.raises(IndexError):
             ticks[LOOKBACK_SAMPLES]
+
+    def test_looked_at_again(self) -> None:
+        """What has not changed is neither copied nor decoded once more; what has, is."""
+        rings = made()
+        cpu = Cpu(rings)
+        cpu.run(70)
+        first = rings.ticks(0)
+        newest = first[-1]
+        assert rings.ticks(0) is first
+        cpu.run(1)
+        second = rings.ticks(0)
+        assert ages(second) == list(range(8, 72))
+        assert second[-2] is newest
+        cpu.begin()
+        assert rings.ticks(0) is not second
+        assert ages(first) == list(range(7, 71))
+
+    def test_few_copies_are_kept(self) -> None:
+        """However many CPUs are looked at."""
+        maps = make.maps(3 * MAX_COPIES)
+        rings = make.rings(maps)
+        for cpu in range(3 * MAX_COPIES):
+            Cpu(rings, cpu).run(cpu + 1)
+            assert ages(rings.ticks(cpu)) == list(range(1, cpu + 2))
+        assert len(rings._copies) == MAX_COPIES
 
     @pytest.mark.parametrize("count", [3, LOOKBACK_SAMPLES, 100])
     def test_one_that_is_being_written(self, count: int) -> None:
