@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import platform
 import resource
@@ -143,6 +144,9 @@ class Service:
             del kallsyms
             return_memory()
             self._notifier.ready(self._status())
+            # What there is now stays: no garbage collection need walk through it, while a record
+            # waits.
+            gc.freeze()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.duration_s):
                     await self._stopped.wait()
@@ -219,6 +223,9 @@ class Service:
             self._notifier.reloading()
             await self._reload()
             self._notifier.ready(self._status())
+            # What there is now stays: no garbage collection need walk through it, while a record
+            # waits.
+            gc.freeze()
 
     async def _reload(self) -> None:
         """Take up what the configuration says now; what it has wrong changes nothing."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import re
 import shlex
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from stalld.enrich import syscalls
@@ -54,7 +53,7 @@ def lacks(task: TaskRecord | None) -> bool:
 
 
 def identify(
-    task: TaskRecord | None, asked: Asked, frames: Sequence[str], mode: str | None
+    task: TaskRecord | None, asked: Asked, frames: tuple[str, ...], mode: str | None
 ) -> Identity:
     """Join what is known.
 
@@ -140,7 +139,7 @@ def _path(path: NamePath) -> bytes:
 
 
 def _syscall(
-    task: TaskRecord | None, frames: Sequence[str], mode: str | None
+    task: TaskRecord | None, frames: tuple[str, ...], mode: str | None
 ) -> tuple[str | None, str | None]:
     """The system call, and the file it works on."""
     if mode == "user":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from functools import lru_cache
 
 # arch/x86/entry/syscalls/syscall_64.tbl of Linux 6.18; 335 to 423 are not used.
 _FIRST = """
@@ -94,7 +94,8 @@ def by_number(number: int) -> str:
     return _X86_64.get(number & ~_X32_BIT, f"syscall_{number}")
 
 
-def of_stack(frames: Sequence[str]) -> str | None:
+@lru_cache(maxsize=512)
+def of_stack(frames: tuple[str, ...]) -> str | None:
     """The name of the system call that a kernel stack is in; None: it names none.
 
     Args:

@@ -7,6 +7,7 @@ explains it; what the CPU's network says besides is in :mod:`stalld.enrich.nic_h
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 from stalld.track.evidence import path
@@ -60,9 +61,12 @@ def _plainly(sentence: str) -> Callable[[Update], str]:
 
 def _reads_memcg_stat(update: Update) -> bool:
     # A task in the kernel is to blame, and that is what it does there.
-    return update.captured != "none" and any(
-        name.partition(".")[0] in _MEMCG_STAT for name in path(update.kernel_stack or ())
-    )
+    return update.captured != "none" and _sums_up(update.kernel_stack or ())
+
+
+@lru_cache(maxsize=512)
+def _sums_up(frames: tuple[str, ...]) -> bool:
+    return any(name.partition(".")[0] in _MEMCG_STAT for name in path(frames))
 
 
 def _is_real_time(update: Update) -> bool:

@@ -219,7 +219,7 @@ def test_unknown_kind_of_tick() -> None:
     """A kind that bpf/records.h does not know is refused and named."""
     raw = bytearray(encode_tick(tick(0)))
     struct.pack_into("=I", raw, TICK_KIND, 9)
-    with pytest.raises(DecodeError, match="unknown kind of tick sample: 9$"):
+    with pytest.raises(DecodeError, match=r"unknown kind of tick sample: 9$"):
         decode_tick(bytes(raw))
 
 
