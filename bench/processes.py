@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -157,8 +158,21 @@ class Piped:
         return os.pread(self._log.fileno(), size, 0).decode().strip()
 
 
+def unit_setting(name: str) -> str:
+    """What a directive of the service's unit says.
+
+    Raises:
+        BenchError: the unit does not have it.
+    """
+    text = (ROOT / "systemd" / "softirq-stalld.service").read_text()
+    found = re.search(rf"^{name}=(.*)$", text, re.MULTILINE)
+    if found is None:
+        raise BenchError(f"softirq-stalld.service does not set {name}=")
+    return found[1]
+
+
 class Daemon(Piped):
-    """A real ``softirq-stalld run``, ready.
+    """A real ``softirq-stalld run``, ready, with the priority that its unit gives it.
 
     Args:
         settings: of the configuration, before what it is based on.
@@ -174,11 +188,12 @@ class Daemon(Piped):
         self._config.write(f"{settings}\n{base}")
         self._config.flush()
         run = ("run", "--config", self._config.name)
+        nice = ("nice", "-n", unit_setting("Nice"))
         if checkout is None:
-            super().__init__(COMMAND, *run)
+            super().__init__(*nice, COMMAND, *run)
         else:
             environment = {**os.environ, "PYTHONPATH": str(checkout)}
-            command = sys.executable, "-m", "stalld.cli", *run
+            command = *nice, sys.executable, "-m", "stalld.cli", *run
             super().__init__(*command, cwd=checkout, environment=environment)
 
     @property

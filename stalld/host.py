@@ -50,13 +50,15 @@ class LocalHost:
 
     def explain(self, sample: TickSample) -> Tick:
         """Name the stack of a tick."""
-        if self._version != self._symbols.version or len(self._explained) >= _MAX_EXPLAINED:
+        if self._version != self._symbols.version:
             self._explained.clear()
             self._version = self._symbols.version
         # Two CPUs' ticks may come at the same time.
         known = self._explained.get(sample.time_ns)
         if known is None or known.sample is not sample:
             known = self._explained[sample.time_ns] = self._explain(sample)
+            if len(self._explained) > _MAX_EXPLAINED:
+                del self._explained[next(iter(self._explained))]
         return known
 
     def counts(self) -> frozenset[str]:

@@ -143,7 +143,11 @@ class Pipeline:
             if update.phase is Phase.RESOLVED:
                 self.stalls += 1
                 self.last = _in_a_few_words(update)
-            self._write(self.folder.take(update, self._clocks_ns()[0]))
+            lines = self.folder.take(update, self._clocks_ns()[0])
+            self._write(lines)
+            if update.phase is Phase.ONGOING and lines:
+                # No line waits for it now.
+                self.tracker.look_back(update.cpu)
 
     def _write(self, lines: Sequence[Update | Suppressed]) -> None:
         if not lines:

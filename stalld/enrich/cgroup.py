@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -94,6 +95,7 @@ def resolve(paths: Sequence[bytes]) -> Place:
     )
 
 
+@lru_cache(maxsize=256)
 def _resolve(raw: bytes) -> Place:
     text = raw.decode("utf-8", "backslashreplace")
     parts = [part for part in text.split("/") if part]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 import shlex
+from functools import lru_cache
 from typing import NamedTuple
 
 from stalld.enrich import syscalls
@@ -52,10 +53,11 @@ def lacks(task: TaskRecord | None) -> bool:
     return not (own and Known.CGROUP in task.known and task.parent_pid)
 
 
+@lru_cache(maxsize=64)
 def identify(
     task: TaskRecord | None, asked: Asked, frames: tuple[str, ...], mode: str | None
 ) -> Identity:
-    """Join what is known.
+    """Join what is known, once for all lines of a stall.
 
     Args:
         task: from the kernel, taken when the task was first seen.

@@ -74,6 +74,12 @@ class Tracker:
             updates.append(self._update(stall, Phase.ONGOING, None))
         return updates
 
+    def look_back(self, cpu: int) -> None:
+        """Look now at what ran before the stall that goes on there: its last line will want it."""
+        stall = self._open.get(cpu)
+        if stall is not None:
+            len(evidence.lookback(stall, self._host.explain, self._reach_ns))
+
     def take_task(self, task: TaskRecord) -> None:
         """Remember who a task is that the next records are about."""
         known = self._tasks.setdefault(task.cpu, [])
