@@ -48,7 +48,11 @@ def test_more_than_it_can_take(tmp_path: Path) -> None:
     assert sent.sent + sent.lost == 24_000
     assert sent.lost > 0
     check(result)
-    assert {counted.stalls + counted.missing for counted in result.sinks.values()} == {sent.sent}
+    # A `tail` may miss lines of any kind, not only stalls: all lines are as many for each.
+    assert len({counted.all + counted.missing for counted in result.sinks.values()}) == 1
+    for name in ("stdout", "file"):
+        assert result.sinks[name].missing == 0
+        assert result.sinks[name].stalls == sent.sent
 
 
 def test_readers_that_stand_still(tmp_path: Path) -> None:
