@@ -48,11 +48,12 @@ def test_more_than_it_can_take(tmp_path: Path) -> None:
     assert sent.sent + sent.lost == 24_000
     assert sent.lost > 0
     check(result)
-    # A `tail` may miss lines of any kind, not only stalls: all lines are as many for each.
+    # Lines of any kind may be missing, not only stalls.
     assert len({counted.all + counted.missing for counted in result.sinks.values()}) == 1
-    for name in ("stdout", "file"):
-        assert result.sinks[name].missing == 0
-        assert result.sinks[name].stalls == sent.sent
+    assert all(
+        sent.sent - counted.missing <= counted.stalls <= sent.sent
+        for counted in result.sinks.values()
+    )
 
 
 def test_readers_that_stand_still(tmp_path: Path) -> None:
