@@ -14,9 +14,9 @@
 static __always_inline void learn_tick(struct cpu_state *st, struct watch_config *cfg,
 				       struct hrtimer *timer)
 {
-	u64 function = 0;
+	u64 function;
 
-	bpf_probe_read_kernel(&function, sizeof(function), &timer->function);
+	READ(function, timer, function);
 	if (function && (function == cfg->tick_function[0] || function == cfg->tick_function[1]))
 		st->tick_timer = (u64)timer;
 }
@@ -120,8 +120,8 @@ int handle_tick(struct bpf_raw_tracepoint_args *ctx)
 	sample->backlog = counts.backlog;
 	sample->tgid = id >> 32;
 	sample->tid = id;
-	bpf_probe_read_kernel(&sample->policy, sizeof(sample->policy), &task->policy);
-	bpf_probe_read_kernel(&sample->prio, sizeof(sample->prio), &task->prio);
+	READ(sample->policy, task, policy);
+	READ(sample->prio, task, prio);
 	bpf_get_current_comm(sample->comm, sizeof(sample->comm));
 	sample->serving = st->serving;
 	sample->kind = tick_kind(st, cfg, st->ticks[half], &sample->stack[0]);

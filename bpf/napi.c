@@ -9,11 +9,10 @@
 
 static __always_inline void identify(struct napi_slot *slot, struct napi_struct *napi)
 {
-	struct net_device *dev = NULL;
+	struct net_device *dev;
 
-	slot->ifindex = 0;
-	bpf_probe_read_kernel(&dev, sizeof(dev), &napi->dev);
-	bpf_probe_read_kernel(&slot->ifindex, sizeof(slot->ifindex), &dev->ifindex);
+	READ(dev, napi, dev);
+	READ(slot->ifindex, dev, ifindex);
 	bpf_probe_read_kernel(slot->name, sizeof(slot->name), dev->name);
 }
 

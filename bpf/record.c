@@ -97,9 +97,9 @@ static __always_inline void emit(void *ctx, struct cpu_state *st, struct watch_c
 	rec->cgroup_id = bpf_get_current_cgroup_id();
 	rec->tgid = id >> 32;
 	rec->tid = id;
-	bpf_probe_read_kernel(&rec->task_flags, sizeof(rec->task_flags), &task->flags);
-	bpf_probe_read_kernel(&rec->policy, sizeof(rec->policy), &task->policy);
-	bpf_probe_read_kernel(&rec->prio, sizeof(rec->prio), &task->prio);
+	READ(rec->task_flags, task, flags);
+	READ(rec->policy, task, policy);
+	READ(rec->prio, task, prio);
 	rec->switches = st->switches;
 	rec->sample_nr = st->sample_nr;
 	rec->lost = st->lost;
@@ -131,12 +131,12 @@ static __always_inline void emit(void *ctx, struct cpu_state *st, struct watch_c
 static __always_inline u64 still_waits(struct waiter *waiter, u32 cpu)
 {
 	struct task_struct *task = (struct task_struct *)waiter->task;
-	u32 pid = 0, on_rq = 0, on_cpu = 1, wake_cpu = cpu;
+	u32 pid, on_rq, on_cpu, wake_cpu;
 
-	bpf_probe_read_kernel(&pid, sizeof(pid), &task->pid);
-	bpf_probe_read_kernel(&on_rq, sizeof(on_rq), &task->on_rq);
-	bpf_probe_read_kernel(&on_cpu, sizeof(on_cpu), &task->on_cpu);
-	bpf_probe_read_kernel(&wake_cpu, sizeof(wake_cpu), &task->wake_cpu);
+	READ(pid, task, pid);
+	READ(on_rq, task, on_rq);
+	READ(on_cpu, task, on_cpu);
+	READ(wake_cpu, task, wake_cpu);
 	return pid == waiter->pid && on_rq && !on_cpu && wake_cpu == cpu;
 }
 

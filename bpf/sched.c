@@ -10,9 +10,9 @@
 /* A pointer may outlive its task: believe it only while the pid agrees. */
 static __always_inline bool is_pid(struct task_struct *task, u32 pid)
 {
-	u32 found = 0;
+	u32 found;
 
-	bpf_probe_read_kernel(&found, sizeof(found), &task->pid);
+	READ(found, task, pid);
 	return pid && found == pid;
 }
 
@@ -84,7 +84,7 @@ int handle_watched_wakeup(struct bpf_raw_tracepoint_args *ctx)
 	u32 hash = task * HASH_FACTOR >> (64 - WATCHED_BITS);
 	struct watched_bucket *bucket = watched.lookup(&hash);
 	struct cpu_state *st;
-	u32 place, pid, cpu, on_cpu = 0;
+	u32 place, pid, cpu, on_cpu;
 
 	if (!bucket)
 		return 0;
@@ -102,11 +102,11 @@ int handle_watched_wakeup(struct bpf_raw_tracepoint_args *ctx)
 	}
 	cpu = bucket->cpu[place];
 	if (cpu == CPU_ANY)
-		bpf_probe_read_kernel(&cpu, sizeof(cpu), &((struct task_struct *)task)->wake_cpu);
+		READ(cpu, (struct task_struct *)task, wake_cpu);
 	st = cpus.lookup(&cpu);
 	if (!st)
 		return 0;
-	bpf_probe_read_kernel(&on_cpu, sizeof(on_cpu), &((struct task_struct *)task)->on_cpu);
+	READ(on_cpu, (struct task_struct *)task, on_cpu);
 	if (on_cpu) {
 		/* Woken while it runs, on its way to sleep: it stays. */
 		st->running = task;
@@ -126,9 +126,9 @@ static __always_inline bool still_runnable(struct bpf_raw_tracepoint_args *ctx)
 	return (u32)ctx->args[3] == 0;
 #else
 	struct task_struct *prev = (struct task_struct *)ctx->args[1];
-	u64 state = 0;
+	u64 state;
 
-	bpf_probe_read_kernel(&state, sizeof(prev->STALLD_TASK_STATE), &prev->STALLD_TASK_STATE);
+	READ(state, prev, STALLD_TASK_STATE);
 	return state == 0;
 #endif
 }
@@ -190,8 +190,7 @@ int handle_watched_switch(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	if (st->runs) {
 		if (st->running == ctx->args[1] && still_runnable(ctx)) {
-			bpf_probe_read_kernel(&pid, sizeof(pid),
-					      &((struct task_struct *)ctx->args[1])->pid);
+			READ(pid, (struct task_struct *)ctx->args[1], pid);
 			wait_begins(st, st->running, pid, bpf_ktime_get_ns());
 		}
 		st->runs = 0;
@@ -207,7 +206,7 @@ int handle_watched_switch(struct bpf_raw_tracepoint_args *ctx)
 	slot = waiter_of(st, next);
 	if (slot >= WAITERS) {
 		st->switches++;
-		bpf_probe_read_kernel(&pid, sizeof(pid), &((struct task_struct *)next)->pid);
+		READ(pid, (struct task_struct *)next, pid);
 		/* The idle task runs only when nobody waits. */
 		if (!pid && any_waiting(st))
 			nobody_waits(st);

@@ -30,6 +30,17 @@ BPF_PERF_OUTPUT(events);
 #define TAIL_TASK 4
 BPF_PROG_ARRAY(tails, 5);
 
+/*
+ * A member of the kernel's, as wide as this kernel has it: on_cpu and on_rq were
+ * ints for long, in 7.3 they are bytes beside others.
+ */
+#define READ(to, pointer, member)                                                              \
+	do {                                                                                   \
+		_Static_assert(sizeof((pointer)->member) <= sizeof(to), #member " is wider");  \
+		(to) = 0;                                                                      \
+		bpf_probe_read_kernel(&(to), sizeof((pointer)->member), &(pointer)->member);   \
+	} while (0)
+
 static __always_inline struct cpu_state *this_cpu_state(void)
 {
 	u32 cpu = bpf_get_smp_processor_id();
@@ -144,9 +155,9 @@ static __always_inline u64 tick_lateness(struct cpu_state *st, bool expiring, u6
 
 	if (!timer)
 		return 0;
-	bpf_probe_read_kernel(&expires, sizeof(expires), &timer->_softexpires);
+	READ(expires, timer, _softexpires);
 	if (!expiring)
-		bpf_probe_read_kernel(&queued, sizeof(queued), &timer->STALLD_HRTIMER_QUEUED);
+		READ(queued, timer, STALLD_HRTIMER_QUEUED);
 	return expiring || queued ? age(expires, now) : 0;
 }
 

@@ -5,8 +5,6 @@
  * the task may be gone by then. Each part is compiled in where the kernel has
  * the fields it needs (stalld/probe/headers.py), and each may fail by itself.
  */
-#define READ(to, pointer, member) bpf_probe_read_kernel(&(to), sizeof(to), &(pointer)->member)
-
 /* Where in a kernfs node or a dentry its parent and its name are. */
 #ifdef STALLD_WHO_CGROUP
 #define KERNFS_PARENT offsetof(struct kernfs_node, STALLD_KERNFS_PARENT)
