@@ -34,11 +34,11 @@ BPF_PROG_ARRAY(tails, 5);
  * A member of the kernel's, as wide as this kernel has it: on_cpu and on_rq were
  * ints for long, in 7.3 they are bytes beside others.
  */
-#define READ(to, pointer, member)                                                              \
-	do {                                                                                   \
-		_Static_assert(sizeof((pointer)->member) <= sizeof(to), #member " is wider");  \
-		(to) = 0;                                                                      \
-		bpf_probe_read_kernel(&(to), sizeof((pointer)->member), &(pointer)->member);   \
+#define READ(to, pointer, member)                                                             \
+	do {                                                                                  \
+		_Static_assert(sizeof((pointer)->member) <= sizeof(to), #member " is wider"); \
+		(to) = 0;                                                                     \
+		bpf_probe_read_kernel(&(to), sizeof((pointer)->member), &(pointer)->member);  \
 	} while (0)
 
 static __always_inline struct cpu_state *this_cpu_state(void)
