@@ -145,7 +145,7 @@ class Pipeline:
                 self.last = _in_a_few_words(update)
             lines = self.folder.take(update, self._clocks_ns()[0])
             self._write(lines)
-            if update.phase is Phase.ONGOING and lines:
+            if update.phase is Phase.ONGOING and any(line is update for line in lines):
                 # No line waits for it now.
                 self.tracker.look_back(update.cpu)
 

@@ -72,7 +72,7 @@ class Ticks(Sequence[TickSample]):
         self._times_ns = sorted(places)
         known = {} if before is None else before._decoded
         self._decoded: dict[int, TickSample] = {
-            at: known[at] for at in known.keys() & places.keys()
+            time_ns: known[time_ns] for time_ns in known.keys() & places.keys()
         }
 
     def __len__(self) -> int:

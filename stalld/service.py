@@ -144,8 +144,7 @@ class Service:
             del kallsyms
             return_memory()
             self._notifier.ready(self._status())
-            # What there is now stays: no garbage collection need walk through it, while a record
-            # waits.
+            # What there is now stays: no garbage collection need walk through it any more.
             gc.freeze()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.duration_s):
@@ -223,9 +222,6 @@ class Service:
             self._notifier.reloading()
             await self._reload()
             self._notifier.ready(self._status())
-            # What there is now stays: no garbage collection need walk through it, while a record
-            # waits.
-            gc.freeze()
 
     async def _reload(self) -> None:
         """Take up what the configuration says now; what it has wrong changes nothing."""
