@@ -80,9 +80,9 @@ def run(kernel: Kernel, options: argparse.Namespace, results: Path) -> outcome.O
                         failed = boot.run_in_guest(
                             fetched, command, results, timeout_s=options.timeout_s, stage=staged
                         )
-                    if not boot.emulator_failed(results):
+                    if not boot.emulator_failed(results, failed):
                         break
-                    print("    the emulator ran stale code; once more", flush=True)
+                    print(f"    the emulator failed ({failed or 'stale code'})", flush=True)
     except (KernelsError, subprocess.TimeoutExpired) as error:
         failed = str(error)
     return outcome.read(kernel.name, results, failed, time.monotonic() - began)

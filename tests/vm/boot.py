@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,18 +32,23 @@ MEMORY = "2G"
 KERNEL_OPTIONS = "tsc=reliable clocksource=tsc"
 # systemd-sysusers runs as after an update of the system.
 SYSTEMD_OPTIONS = "systemd.condition_needs_update=yes"
+SILENCE_S = 240.0
+"""A guest that leaves nothing new in its results for so long does nothing any more: a test takes
+less than half of it."""
+SILENT = f"silent for {SILENCE_S:.0f} s"
+_LOOK_EVERY_S = 5.0
 _HELPERS = ("vng", "qemu-system-x86_64", "busybox", "depmod", "chrt")
 
 
-def emulator_failed(results: Path) -> bool:
-    """Whether the guest died of its emulator: it ran a breakpoint that was there no more.
+def emulator_failed(results: Path, failed: str | None) -> bool:
+    """Whether the guest died of its emulator: it hangs, or ran a breakpoint that was there no more.
 
     Linux patches its code through a breakpoint (text_poke_bp(), here of a static key that
     ``check`` turns on, bpf_stats_enabled_key). QEMU 7.2 with one thread per CPU may run the
     translation of the breakpoint after the patch is complete, which the kernel takes for an
     unexpected one.
     """
-    return b"Oops: int3: " in (results / "console.log").read_bytes()
+    return failed == SILENT or b"Oops: int3: " in (results / "console.log").read_bytes()
 
 
 @contextmanager
@@ -104,14 +110,32 @@ def run_in_guest(
         start_new_session=True,
     ) as process:
         try:
-            console, _ = process.communicate(timeout=timeout_s)
-            failed = None
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            console, _ = process.communicate()
-            failed = f"not finished in {timeout_s:.0f} s"
+            console, failed = _wait(process, results, timeout_s)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
     (results / "console.log").write_bytes(console)
     return failed
+
+
+def _wait(
+    process: subprocess.Popen[bytes], results: Path, timeout_s: float
+) -> tuple[bytes, str | None]:
+    """What the console said, and why the guest had to be ended."""
+    began = heard = time.monotonic()
+    size = -1
+    while True:
+        try:
+            return process.communicate(timeout=_LOOK_EVERY_S)[0], None
+        except subprocess.TimeoutExpired:
+            now = time.monotonic()
+        if size != (size := sum(path.stat().st_size for path in results.iterdir())):
+            heard = now
+        failed = None
+        if now - began > timeout_s:
+            failed = f"not finished in {timeout_s:.0f} s"
+        elif now - heard > SILENCE_S:
+            failed = SILENT
+        if failed:
+            os.killpg(process.pid, signal.SIGKILL)
+            return process.communicate()[0], failed

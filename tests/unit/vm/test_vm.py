@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.vm import outcome, report
+from tests.vm import boot, outcome, report
 from tests.vm.fetch import Archive
 from tests.vm.kernels import KernelsError, chosen, supported
 
@@ -92,3 +93,37 @@ def test_outcome(tmp_path: Path) -> None:
     assert "steal clock: none; less is told" in text
     good = done._replace(cases=[case for case in done.cases if case.result != "failed"])
     assert good.good
+
+
+def waited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, timeout_s: float = 10
+) -> tuple[bytes, str | None]:
+    """What became of a program that stands in for a guest, which may be silent for half a second."""
+    monkeypatch.setattr(boot, "SILENCE_S", 0.5)
+    monkeypatch.setattr(boot, "_LOOK_EVERY_S", 0.05)
+    command = ["sh", "-c", f"cd {tmp_path}; {script}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        return boot._wait(process, tmp_path, timeout_s)
+
+
+def test_a_guest_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes, as long as its results grow."""
+    script = "for n in 1 2 3 4; do sleep 0.3; echo >> tests.log; done; echo done"
+    assert waited(tmp_path, monkeypatch, script) == (b"done\n", None)
+
+
+def test_a_guest_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is ended, what it said is kept, and it may be booted again."""
+    (tmp_path / "tests.log").touch()
+    console, failed = waited(tmp_path, monkeypatch, "echo booted; sleep 60")
+    assert (console, failed) == (b"booted\n", boot.SILENT)
+    assert boot.emulator_failed(tmp_path, failed)
+
+
+def test_a_guest_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is no failure of the emulator."""
+    script = "while true; do sleep 0.1; echo >> tests.log; done"
+    _, failed = waited(tmp_path, monkeypatch, script, timeout_s=1)
+    assert failed == "not finished in 1 s"
+    (tmp_path / "console.log").touch()
+    assert not boot.emulator_failed(tmp_path, failed)
