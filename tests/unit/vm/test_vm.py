@@ -98,7 +98,7 @@ def test_outcome(tmp_path: Path) -> None:
 def waited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, timeout_s: float = 10
 ) -> tuple[bytes, str | None]:
-    """What became of a program that stands in for a guest, which may be silent for half a second."""
+    """What became of a program instead of a guest, which may be silent for half a second."""
     monkeypatch.setattr(boot, "SILENCE_S", 0.5)
     monkeypatch.setattr(boot, "_LOOK_EVERY_S", 0.05)
     command = ["sh", "-c", f"cd {tmp_path}; {script}"]
