@@ -97,13 +97,19 @@ def summary(found: list[Told]) -> list[dict[str, Any]]:
 
 
 def check_kind(daemon: Daemon, kind: Kind, mode: Mode, verdict: str) -> list[Told]:
-    """At least three of ten at most are told rightly, and of those most while they went on."""
+    """At least three of ten at most are told rightly, and one of those while it went on.
+
+    How fast the line comes is for real hardware to show.
+    """
 
     def right(found: list[Told]) -> list[Told]:
         return [one for one in found if one.right(verdict)]
 
-    found = told(daemon, kind, mode, lambda found: len(right(found)) >= WANTED)
-    assert len(right(found)) >= WANTED, summary(found)
+    def enough(found: list[Told]) -> bool:
+        return len(right(found)) >= WANTED and any(one.shown_during() for one in right(found))
+
+    found = told(daemon, kind, mode, enough)
+    assert enough(found), summary(found)
     return right(found)
 
 
@@ -111,8 +117,6 @@ def test_bottom_halves_off(daemon: Daemon) -> None:
     """Bottom halves off: seen while it lasts, with its function; NET_RX starves."""
     found = check_kind(daemon, Kind.BH_OFF, Mode.PING, "softirqs_disabled")
     assert all(one.sampled_during() for one in found)
-    # How fast is for real hardware to show.
-    assert any(one.shown_during() for one in found)
     assert all("NET_RX" in one.resolved["starved"] for one in found)
 
 
@@ -120,8 +124,6 @@ def test_softirq_hog(daemon: Daemon) -> None:
     """One long handler: seen while it runs, with its vector and function."""
     found = check_kind(daemon, Kind.SOFTIRQ_HOG, Mode.PING, "softirq_hog")
     assert all(one.sampled_during() for one in found)
-    # How fast is for real hardware to show.
-    assert any(one.shown_during() for one in found)
     assert {one.resolved["handler"]["vector"] for one in found} == {"NET_RX"}
     assert any(one.resolved["handler"]["device"] for one in found)
 
