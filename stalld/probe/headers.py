@@ -266,21 +266,27 @@ def distribution_headers(root: Path = Path("/")) -> list[str]:
     release = os.uname().release
     modules = root / "lib/modules" / release
     for tree in (modules / "source", modules / "build"):
-        sched = tree / "include/linux/sched.h"
-        if sched.is_file():
+        sched = _text(tree / "include/linux/sched.h")
+        if sched is not None:
             break
     else:
         raise MissingAbilityError(
             f"neither BTF nor kernel headers: this kernel has no /sys/kernel/btf/vmlinux, and "
-            f"{modules}/build holds no headers; use a kernel built with "
+            f"{modules}/build holds no headers that we may read; use a kernel built with "
             f"CONFIG_DEBUG_INFO_BTF=y or install linux-headers-{release}"
         )
-    new_state = re.search(r"unsigned int\s+__state;", sched.read_text(errors="replace"))
+    new_state = re.search(r"unsigned int\s+__state;", sched)
     flags = [f"-DSTALLD_TASK_STATE={'__state' if new_state else 'state'}"]
     flags.append("-DSTALLD_HRTIMER_QUEUED=state")
-    events = tree / "include/trace/events/sched.h"
-    if events.is_file() and re.search(
-        r"TRACE_EVENT\(sched_switch,\s*TP_PROTO\([^)]*prev_state", events.read_text()
-    ):
+    events = _text(tree / "include/trace/events/sched.h") or ""
+    if re.search(r"TRACE_EVENT\(sched_switch,\s*TP_PROTO\([^)]*prev_state", events):
         flags.append("-DSCHED_SWITCH_HAS_PREV_STATE")
     return flags
+
+
+def _text(path: Path) -> str | None:
+    """What is in it; None where it is not there, or is another user's own."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,25 @@ class TestDistributionHeaders:
             match=rf"CONFIG_DEBUG_INFO_BTF=y or install linux-headers-{os.uname().release}",
         ):
             distribution_headers(tmp_path)
+
+    def test_another_users(self, tmp_path: Path) -> None:
+        """Those of a kernel that root built at home are none for the service; nothing breaks."""
+        home = self.tree(tmp_path, self.NEW)
+        home.chmod(0o700)
+        code = (
+            "import sys; from pathlib import Path; from stalld.probe.headers import *\n"
+            "try: distribution_headers(Path(sys.argv[1]))\n"
+            "except MissingAbilityError as error: print(error)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(home)],
+            cwd=Path(__file__).parents[3],
+            user="nobody",
+            group="nogroup",
+            extra_groups=[],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stderr == ""
+        assert "holds no headers that we may read" in done.stdout
