@@ -18,7 +18,7 @@ from stalld.rings import Napi
 from stalld.track.evidence import path
 from stalld.track.fold import Reason, Suppressed
 from stalld.track.hints import hint
-from stalld.track.model import SERIOUS_FACTOR, Blocker, Handler, Net, Update
+from stalld.track.model import SERIOUS_FACTOR, Blocker, Handler, Net, Tick, Update
 
 SCHEMA = "softirq-stalld/1"
 
@@ -124,7 +124,9 @@ def stall(
             "serves_inline": update.serves_inline,
             "ended": update.ended.value if update.ended else None,
         },
-        "lookback": None if update.lookback is None else _lookback(update),
+        "lookback": None
+        if update.lookback is None
+        else lookback(update.lookback, update.started_ns),
         "net": _net(update.net, queues(inventory, update.cpu)),
         "hint": joined(hint(update), *hints(_facts(update, inventory), MAX_NET_HINTS)),
     }
@@ -146,11 +148,15 @@ def _handler(handler: Handler | None) -> Event | None:
     }
 
 
-def _lookback(update: Update) -> list[Event]:
-    """Ticks that follow each other and show the same are one entry, the first of them."""
+@lru_cache(maxsize=8)
+def lookback(ticks: Sequence[Tick], started_ns: int) -> list[Event]:
+    """Ticks that follow each other and show the same are one entry, the first of them.
+
+    All lines of a stall have the same list: not to be changed.
+    """
     entries: list[Event] = []
     last = None
-    for tick in update.lookback or ():
+    for tick in ticks:
         key = (tick.sample.tid, tick.mode, path(tick.frames))
         if key == last:
             entries[-1]["ticks"] += 1
@@ -158,7 +164,7 @@ def _lookback(update: Update) -> list[Event]:
         last = key
         entries.append(
             {
-                "ago_ms": milliseconds(update.started_ns - tick.sample.time_ns),
+                "ago_ms": milliseconds(started_ns - tick.sample.time_ns),
                 "comm": text(tick.sample.comm),
                 "pid": tick.sample.tgid,
                 "mode": tick.mode,

@@ -44,6 +44,10 @@ class LocalHost:
         """What ran on ``cpu`` at its last ticks, oldest first."""
         return self._rings.ticks(cpu)
 
+    def recent(self, cpu: int, since_ns: int) -> Sequence[TickSample]:
+        """Those after ``since_ns``, and the last one until then."""
+        return self._rings.recent(cpu, since_ns)
+
     def polled(self, cpu: int, seq: int) -> Napi | None:
         """What ``cpu`` polled in its stall ``seq``; None: not known any more."""
         return self._rings.polled(cpu, seq)

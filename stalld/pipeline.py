@@ -147,7 +147,9 @@ class Pipeline:
             self._write(lines)
             if update.phase is Phase.ONGOING and any(line is update for line in lines):
                 # No line waits for it now.
-                self.tracker.look_back(update.cpu)
+                before = self.tracker.look_back(update.cpu)
+                if before is not None:
+                    events.lookback(before, before.started_ns)
 
     def _write(self, lines: Sequence[Update | Suppressed]) -> None:
         if not lines:

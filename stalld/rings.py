@@ -132,6 +132,8 @@ class Rings:
         self._stalls = words(self._slots, "seq")
         # By CPU the last copy, and what it was a copy of.
         self._copies: dict[int, tuple[_State, Ticks]] = {}
+        # By CPU those that `recent` told last, by their times.
+        self._recent: dict[int, dict[int, TickSample]] = {}
 
     def ticks(self, cpu: int) -> Ticks:
         """The last ticks of ``cpu``, oldest first; those before its newest stall are kept longest.
@@ -155,6 +157,43 @@ class Rings:
                 if len(self._copies) > MAX_COPIES:
                     del self._copies[next(iter(self._copies))]
                 return ticks
+
+    def recent(self, cpu: int, since_ns: int) -> list[TickSample]:
+        """The ticks of ``cpu`` after ``since_ns``, and the last one until then, oldest first.
+
+        Copies these alone: all of :meth:`ticks` comes from another CPU's cache.
+        """
+        state = self._cpus[cpu]
+        before = self._recent.get(cpu, {})
+        found: dict[int, TickSample] = {}
+        # A stall has its ticks in both rings, those from before it was detected in the older one.
+        oldest_ns = 0
+        for ring in range(LOOKBACK_RINGS):
+            base = (cpu * LOOKBACK_RINGS + ring) * LOOKBACK_SAMPLES
+            written = state.ticks[ring]
+            later_ns = 1 << 64
+            for number in range(written - 1, max(0, written - LOOKBACK_SAMPLES) - 1, -1):
+                at = (base + number % LOOKBACK_SAMPLES) * TICK.size
+                stamp = self._samples[at : at + _TIME.size]
+                (time_ns,) = _TIME.unpack(stamp)
+                if not 0 < time_ns < later_ns:
+                    break  # The kernel writes there again.
+                sample = before.get(time_ns)
+                if sample is None:
+                    copy = self._samples[at : at + TICK.size]
+                    if not copy.startswith(stamp) or self._samples[at : at + _TIME.size] != stamp:
+                        break
+                    sample = decode_tick(copy)
+                found[time_ns] = sample
+                if time_ns <= since_ns:
+                    oldest_ns = max(oldest_ns, time_ns)
+                    break
+                later_ns = time_ns
+        self._recent.pop(cpu, None)
+        self._recent[cpu] = found
+        if len(self._recent) > MAX_COPIES:
+            del self._recent[next(iter(self._recent))]
+        return [found[time_ns] for time_ns in sorted(found) if time_ns >= oldest_ns]
 
     def _state(self, cpu: int) -> _State:
         state = self._cpus[cpu]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
-from functools import cached_property, lru_cache
-from typing import NamedTuple, overload
+from functools import lru_cache
+from typing import NamedTuple
 
 from stalld.enrich.stack import leaves_interrupt, reaches_base
 from stalld.records import (
@@ -22,7 +21,7 @@ from stalld.records import (
     TickSample,
 )
 from stalld.rings import BACKLOG
-from stalld.track.gather import Stall, time_ns
+from stalld.track.gather import Stall
 from stalld.track.model import Blocker, Handler, Net, Observation, Tick
 from stalld.track.verdict import Evidence, Verdict
 
@@ -292,47 +291,6 @@ def net_of(stall: Stall, near_ns: int, counts: Container[str]) -> Net:
         backlog=grown(0, last.backlog, "backlog"),
         napi=stall.polled,
     )
-
-
-class Lookback(Sequence[Tick]):
-    """What ran in the ``reach_ns`` before a stall, oldest first: the last 64 ticks.
-
-    Looked up when it is first asked for: of a storm most stalls are folded and never are.
-    """
-
-    def __init__(
-        self,
-        before: Sequence[TickSample],
-        started_ns: int,
-        explain: Callable[[TickSample], Tick],
-        reach_ns: int,
-    ) -> None:
-        self._before = before
-        self._started_ns = started_ns
-        self._explain = explain
-        self._reach_ns = reach_ns
-
-    @cached_property
-    def _ticks(self) -> tuple[Tick, ...]:
-        end = bisect_right(self._before, self._started_ns, key=time_ns)
-        oldest_ns = self._started_ns - self._reach_ns
-        first = bisect_left(self._before, oldest_ns, hi=end, key=time_ns)
-        return tuple(map(self._explain, self._before[max(first, end - LOOKBACK_SAMPLES) : end]))
-
-    def __len__(self) -> int:
-        return len(self._ticks)
-
-    @overload
-    def __getitem__(self, index: int) -> Tick: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Tick, ...]: ...
-    def __getitem__(self, index: int | slice) -> Tick | tuple[Tick, ...]:
-        return self._ticks[index]
-
-
-def lookback(stall: Stall, explain: Callable[[TickSample], Tick], reach_ns: int) -> Lookback:
-    """What ran before the stall, see :class:`Lookback`."""
-    return Lookback(stall.before, stall.started_ns, explain, reach_ns)
 
 
 @lru_cache(maxsize=512)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ from stalld.records import (
 )
 from stalld.rings import Napi
 from stalld.state import StallState
+from stalld.track.lookback import Lookback
 from stalld.track.model import Observation
 
 
@@ -25,15 +25,18 @@ from stalld.track.model import Observation
 class Stall:
     """One stall of one CPU; :meth:`take` adds a record to it.
 
-    ``before`` are the CPU's last ticks as of the first record, ``meanwhile`` as
-    of the last look, and ``polled`` is what it polled until then. ``during``: those
-    observations that were made while it lasted.
+    ``before`` are the CPU's ticks since the stall began and the last one until then, as of the
+    first record, ``meanwhile`` as of the last look, and ``polled`` is what it polled until then.
+    ``looked_since_ns``: which begin ``before`` goes by. ``during``: those observations that were
+    made while it lasted.
     """
 
     cpu: int
     seq: int
     started_ns: int
-    before: Sequence[TickSample]
+    before: Sequence[TickSample] = ()
+    looked_since_ns: int = -1
+    lookback: Lookback | None = None
     last_ns: int = 0
     observations: list[Observation] = field(default_factory=list)
     during: list[Observation] = field(default_factory=list)
@@ -98,29 +101,20 @@ class Stall:
 
     def ticks_inside(self) -> list[TickSample]:
         """The ticks of the stall that the ring still held at the last look."""
-        first, end = (
-            bisect_right(self.meanwhile, at_ns, key=time_ns)
-            for at_ns in (self.started_ns, self.last_ns)
-        )
-        return list(self.meanwhile[first:end])
+        return [t for t in self.meanwhile if self.started_ns < t.time_ns <= self.last_ns]
 
     def user_ticks_ns(self) -> list[int]:
         """When ticks of the stall found user code, as far as the rings tell."""
-        found = []
-        for kept in (self.before, self.meanwhile):
-            for tick in reversed(kept):
-                if tick.time_ns <= self.started_ns:
-                    break  # What was before is not even decoded.
-                if tick.kind is TickKind.USER:
-                    found.append(tick.time_ns)
-        return found
+        return [
+            tick.time_ns
+            for kept in (self.before, self.meanwhile)
+            for tick in kept
+            if tick.kind is TickKind.USER and tick.time_ns > self.started_ns
+        ]
 
     def last_tick_before(self) -> TickSample | None:
         """The newest tick that came before the stall, if the ring still has it."""
-        for tick in reversed(self.before):
-            if tick.time_ns <= self.started_ns:
-                return tick
-        return None
+        return next((t for t in reversed(self.before) if t.time_ns <= self.started_ns), None)
 
     def stolen_ns(self) -> int | None:
         """What the steal clock counted since the stall began; None: not known.
@@ -144,11 +138,6 @@ class Stall:
             return None  # Nothing to go by, or a clock that is not kept.
         at_first = min(_grown(base, first), max(0, first.time_ns - self.started_ns))
         return min(at_first + _grown(first, last), self.duration_ns)
-
-
-def time_ns(tick: TickSample) -> int:
-    """When it was; to search ticks, which are in order."""
-    return tick.time_ns
 
 
 def _grown(before: TickSample | StallRecord, after: TickSample | StallRecord) -> int:

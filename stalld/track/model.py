@@ -50,6 +50,9 @@ class Host(Protocol):
     def ticks(self, cpu: int) -> Sequence[TickSample]:
         """What ran on ``cpu`` at its last ticks, oldest first."""
 
+    def recent(self, cpu: int, since_ns: int) -> Sequence[TickSample]:
+        """Of these the ones after ``since_ns``, and the last one until then."""
+
     def polled(self, cpu: int, seq: int) -> Napi | None:
         """What ``cpu`` polled in its stall ``seq``; None: not known any more."""
 

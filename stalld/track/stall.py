@@ -7,11 +7,13 @@ Guarantees: ``ongoing`` updates are few and come first, then exactly one
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from stalld.records import LOOKBACK_SAMPLES, VECTORS, RecordType, Source, TaskRecord
 from stalld.state import StallState
 from stalld.track import evidence
 from stalld.track.gather import Stall
+from stalld.track.lookback import Lookback
 from stalld.track.model import SERIOUS_FACTOR, Blocker, Ended, Host, Observation, Phase, Update
 from stalld.track.verdict import decide
 
@@ -61,10 +63,13 @@ class Tracker:
         if stall is None:
             if not self._is_new(record.cpu, record.seq):
                 return updates
-            before = self._host.ticks(record.cpu)
-            stall = Stall(record.cpu, record.seq, record.started_ns, before)
+            stall = Stall(record.cpu, record.seq, record.started_ns)
             self._open[record.cpu] = stall
         stall.take(observation)
+        if stall.looked_since_ns != stall.started_ns:
+            # A later record may date the begin earlier.
+            stall.looked_since_ns = stall.started_ns
+            stall.before = self._host.recent(stall.cpu, stall.started_ns)
         if record.type is RecordType.CLOSE:
             # Not the record's own time: a tick may have sampled while it was written.
             updates.append(self._resolve(stall, Ended.RECORD, stall.last_ns, 0))
@@ -74,11 +79,13 @@ class Tracker:
             updates.append(self._update(stall, Phase.ONGOING, None))
         return updates
 
-    def look_back(self, cpu: int) -> None:
-        """Look now at what ran before the stall that goes on there: its last line will want it."""
+    def look_back(self, cpu: int) -> Lookback | None:
+        """Look now at what ran before the stall that goes on there: its last line will want it.
+
+        None: no stall goes on there.
+        """
         stall = self._open.get(cpu)
-        if stall is not None:
-            len(evidence.lookback(stall, self._host.explain, self._reach_ns))
+        return None if stall is None else self._lookback(stall)
 
     def take_task(self, task: TaskRecord) -> None:
         """Remember who a task is that the next records are about."""
@@ -145,6 +152,14 @@ class Tracker:
         record_ns = next_ns or (end_ns if ended is Ended.RECORD else 0)
         return self._update(stall, Phase.RESOLVED, ended, record_ns)
 
+    def _lookback(self, stall: Stall) -> Lookback:
+        known = stall.lookback
+        if known is None or known.started_ns != stall.started_ns:
+            ticks = partial(self._host.ticks, stall.cpu)
+            known = Lookback(ticks, stall.started_ns, self._host.explain, self._reach_ns)
+            stall.lookback = known
+        return known
+
     def _task(self, stall: Stall, blocker: Blocker | None) -> TaskRecord | None:
         if blocker is None:
             return None
@@ -159,7 +174,9 @@ class Tracker:
         if not first:
             # What one record opened and closed has just been looked at.
             opened_now = stall.closing is not None and not stall.observations
-            stall.meanwhile = stall.before if opened_now else host.ticks(stall.cpu)
+            stall.meanwhile = (
+                stall.before if opened_now else host.recent(stall.cpu, stall.started_ns)
+            )
         stall.polled = host.polled(stall.cpu, stall.seq)
         serves_inline = host.serves_inline()
         verdict = decide(
@@ -189,7 +206,7 @@ class Tracker:
             kernel_stack=culprit.frames,
             user_stack=culprit.user_stack,
             captured=culprit.captured,
-            lookback=None if first else evidence.lookback(stall, host.explain, self._reach_ns),
+            lookback=None if first else self._lookback(stall),
             net=evidence.net_of(stall, self._near_ns, host.counts()),
             nmi=culprit.seen is not None and culprit.seen.record.source is Source.NMI,
             samples=len(stall.observations),

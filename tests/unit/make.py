@@ -155,12 +155,19 @@ def tick(at_ms: float, **changes: Any) -> TickSample:
     return TickSample(**(fields | changes))
 
 
+def recent(ticks: Sequence[TickSample], since_ns: int) -> list[TickSample]:
+    """Those after ``since_ns``, and the last one until then."""
+    return [each for each in ticks if each.time_ns <= since_ns][-1:] + [
+        each for each in ticks if each.time_ns > since_ns
+    ]
+
+
 class MadeHost:
     """A machine that answers as it is told, and counts how often it was asked for ticks.
 
     Args:
         before: the ticks that the kernel kept when a stall was first heard of.
-        meanwhile: those at each look after that.
+        meanwhile: those at each look after that. What was before the stall stays.
         polls: what was polled in any stall.
     """
 
@@ -183,9 +190,13 @@ class MadeHost:
         self.looks = 0
 
     def ticks(self, cpu: int) -> Sequence[TickSample]:
-        """``before`` the first time."""
+        """``before``."""
+        return self.before
+
+    def recent(self, cpu: int, since_ns: int) -> Sequence[TickSample]:
+        """Of ``before`` the first time."""
         self.looks += 1
-        return self.before if self.looks == 1 else self.meanwhile
+        return recent(self.before if self.looks == 1 else self.meanwhile, since_ns)
 
     def polled(self, cpu: int, seq: int) -> Napi | None:
         """As told."""

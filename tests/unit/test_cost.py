@@ -14,7 +14,7 @@ from types import FrameType
 
 from tests.unit.whole_path import WholePath
 
-MAX_CALLS = {"ongoing": 330, "look back": 850, "resolved": 730}
+MAX_CALLS = {"ongoing": 300, "look back": 940, "resolved": 300}
 """From the raw record to the line: calls of Python and of C functions. `look back`: while the
 stall goes on, when its first line is written."""
 MAX_BLOCKS = 16

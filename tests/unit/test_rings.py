@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stalld.decode import TICK
-from stalld.records import LOOKBACK_DEPTH, LOOKBACK_RINGS, LOOKBACK_SAMPLES, NAPI_SLOTS
+from stalld.records import LOOKBACK_DEPTH, LOOKBACK_RINGS, LOOKBACK_SAMPLES, NAPI_SLOTS, TickSample
 from stalld.rings import MAX_COPIES, NapiSlot, Rings, Ticks
 from tests.unit import make
 from tests.unit.make import MS, T0, keep, tick
@@ -58,7 +59,7 @@ class Cpu:
         return [at for at in self.left() if at != lost]
 
 
-def ages(ticks: Ticks) -> list[int]:
+def ages(ticks: Sequence[TickSample]) -> list[int]:
     """When they were, in ms."""
     return [(each.time_ns - T0) // MS for each in ticks]
 
@@ -154,6 +155,92 @@ class TestTicks:
         at = make.place(rings, 0)
         rings._samples[at : at + 8] = bytes(8)
         assert ages(rings.ticks(0)) == cpu.half_written()
+
+
+class TestRecent:
+    """The ticks since a moment, and the one before."""
+
+    @given(st.lists(st.integers(0, 150), max_size=6), st.integers(-3, 30))
+    def test_part_of_all(self, runs: list[int], ago: int) -> None:
+        """Of what both rings have the newest, whichever ring they are in."""
+        rings = made()
+        cpu = Cpu(rings)
+        for count in runs:
+            cpu.begin()
+            cpu.run(count)
+        since_ns = T0 + (cpu.ticks - ago) * MS
+        assert rings.recent(0, since_ns) == make.recent(list(rings.ticks(0)), since_ns)
+
+    def test_another_cpu(self) -> None:
+        """Each CPU has its own."""
+        rings = made()
+        Cpu(rings, 1).run(3)
+        assert rings.recent(0, T0) == []
+        assert ages(rings.recent(1, T0 + 2 * MS)) == [2, 3]
+
+    def test_again(self) -> None:
+        """What was told before is not decoded once more; few CPUs' are kept."""
+        maps = make.maps(3 * MAX_COPIES)
+        rings = make.rings(maps)
+        cpu = Cpu(rings)
+        cpu.run(5)
+        first = rings.recent(0, T0 + 3 * MS)
+        cpu.run(1)
+        assert [id(each) for each in rings.recent(0, T0 + 3 * MS)][:3] == list(map(id, first))
+        for other in range(3 * MAX_COPIES):
+            rings.recent(other, T0)
+        assert len(rings._recent) == MAX_COPIES
+
+    @pytest.mark.parametrize("count", [3, LOOKBACK_SAMPLES, 100])
+    def test_one_that_is_being_written(self, count: int) -> None:
+        """A tick whose time is 0 is left out, the others stay."""
+        rings = made()
+        cpu = Cpu(rings)
+        cpu.run(count)
+        at = make.place(rings, 0)
+        rings._samples[at : at + 8] = bytes(8)
+        assert ages(rings.recent(0, T0)) == cpu.half_written()
+
+    @given(st.integers(1, 200), st.integers(0, 40), st.integers(0, 300), st.integers(0, 70))
+    def test_no_tick_is_torn(self, count: int, inside: int, pause: int, more: int) -> None:
+        """However many ticks come between two reads: whole ones, in order, none left out."""
+        cpu = Cpu(made(), 1)
+        cpu.run(count)
+        cpu.begin()
+        cpu.run(inside)
+        known, since_ns = cpu.ticks, T0 + (cpu.ticks - 20) * MS
+        wanted = ages(make.recent(list(cpu.rings.ticks(1)), since_ns))
+        interrupted: Any = Interrupted(cpu, pause, more)
+        cpu.rings._samples = interrupted
+        found = cpu.rings.recent(1, since_ns)
+        assert all(
+            each.stack == (at,) * LOOKBACK_DEPTH
+            for each, at in zip(found, ages(found), strict=True)
+        )
+        assert ages(found) == sorted(ages(found))
+        if more < LOOKBACK_SAMPLES - 20:
+            assert [at for at in ages(found) if at <= known] == wanted
+
+
+class Interrupted:
+    """Memory in which the kernel writes ticks after so many reads."""
+
+    def __init__(self, cpu: Cpu, reads: int, ticks: int) -> None:
+        self.cpu = cpu
+        self.memory = cpu.rings._samples
+        self.left = reads
+        self.ticks = ticks
+
+    def __getitem__(self, where: slice) -> bytes:
+        """A copy, before which the kernel may have its turn."""
+        if self.left == 0:
+            self.cpu.run(self.ticks)
+        self.left -= 1
+        return self.memory[where]
+
+    def __setitem__(self, where: slice, value: bytes) -> None:
+        """The kernel writes."""
+        self.memory[where] = value
 
 
 Pauses = list[tuple[int, list[int]]]

@@ -6,25 +6,23 @@ from typing import Any, ClassVar
 
 import pytest
 
-from stalld.records import RecordType, Source, TickKind, TickSample
+from stalld.records import RecordType, Source, TickKind
 from stalld.rings import Polled
 from stalld.track import evidence
 from stalld.track.evidence import (
     after_late,
     enabled_interrupts,
     longest_in_kernel_ns,
-    lookback,
     path,
     weigh,
 )
 from stalld.track.gather import Stall
-from stalld.track.model import Net, Observation, Tick
+from stalld.track.model import Net, Observation
 from stalld.track.verdict import Evidence
 from tests.unit.make import (
     MS,
     T0,
     THRESHOLD,
-    MadeHost,
     close,
     observation,
     sample,
@@ -306,13 +304,6 @@ class TestNet:
         assert net_of(given).napi == {(2, b"eth0"): (2, 64, 1)}
 
 
-def test_the_newest_ticks_before() -> None:
-    """Of all the ticks kept, the last 64 before the stall are told."""
-    given = stall(before=[tick(4 * nr) for nr in range(-128, 3)])
-    found = lookback(given, MadeHost().explain, 1000 * MS)
-    assert [each.sample for each in found] == [tick(4 * nr) for nr in range(-63, 1)]
-
-
 def test_a_tick_of_another_time() -> None:
     """A last tick long ago is no base: then the first sample is, with the handler it ran in."""
     old = tick(-400, net_rx_runs=1, net_rx_ns=0, processed=1)
@@ -323,29 +314,6 @@ def test_a_tick_of_another_time() -> None:
         before=[old],
     )
     assert net_of(given) == Net(1, 40 * MS, 10, 0, None)
-
-
-def test_lookback() -> None:
-    """Ticks up to the begin, from as long ago as asked for, oldest first, with their stacks."""
-    given = stall(before=[tick(-101), tick(-100), tick(-1, stack=()), tick(0), tick(1)])
-    found = lookback(given, MadeHost().explain, 100 * MS)
-    assert [each.sample for each in found] == [tick(-100), tick(-1, stack=()), tick(0)]
-    assert [each.mode for each in found] == ["kernel", "user", "kernel"]
-
-
-def test_lookback_waits_to_be_asked() -> None:
-    """What nobody reads is not named; what is read twice is named once."""
-    asked: list[TickSample] = []
-
-    def explain(sample: TickSample) -> Tick:
-        asked.append(sample)
-        return Tick(sample, "kernel", ())
-
-    found = lookback(stall(before=[tick(-8), tick(-4)]), explain, 100 * MS)
-    assert asked == []
-    assert len(found) == 2
-    assert [each.sample for each in found[1:]] == [tick(-4)] == [found[-1].sample]
-    assert asked == [tick(-8), tick(-4)]
 
 
 def test_path() -> None:

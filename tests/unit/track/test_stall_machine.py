@@ -22,6 +22,7 @@ from tests.unit.make import (
     TICK_NS,
     MadeHost,
     observation,
+    recent,
     tick,
     waiters,
     waits,
@@ -62,6 +63,10 @@ class Machine(MadeHost):
     def ticks(self, cpu: int) -> Sequence[TickSample]:
         """The ring as it is now."""
         return self.kernel[cpu].ticks[-LOOKBACK_SAMPLES:]
+
+    def recent(self, cpu: int, since_ns: int) -> Sequence[TickSample]:
+        """Of these."""
+        return recent(self.ticks(cpu), since_ns)
 
 
 class TrackerMachine(RuleBasedStateMachine):
