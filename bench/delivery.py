@@ -23,7 +23,7 @@ from tests.injector.records import RecordSource
 from tests.kernel.daemon import STALLED_CPU as CPU
 from tests.kernel.daemon import monotonic_ns
 
-STALLS, RECORDS, PER_SECOND = 40, 1000, 250
+STALLS, RECORDS, PER_SECOND = 100, 1000, 250
 _WRITER = f"""
 import os, sys, time
 os.sched_setaffinity(0, os.sched_getaffinity(0) - {{{CPU}}} or {{{CPU}}})

@@ -4,15 +4,16 @@
 
 Possible CPUs: the programs are really loaded for that many, and the kernel tells what each of
 their maps takes; what it keeps for each CPU of this machine, and the buffers that the daemon
-maps, are counted here and multiplied. Watched threads, stalls a second, readers of live events
-and the size of the kernel's symbol table are varied and measured. Cgroups are not among it: no
-file of theirs is read.
+maps, are counted here and multiplied. Watched threads, stalls a second, readers of live events,
+cgroups and the size of the kernel's symbol table are varied and measured. Cgroups are looked
+through only for a task that is gone, of which the kernel told no more than its cgroup's number.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,13 +27,15 @@ from bench.bpf import attached_programs, empty, take_over
 from bench.command import run
 from bench.hot_path import pipe, rounds_of
 from bench.processes import Daemon, Piped, cpu_s, end
-from bench.row import Figure, Row, differences, plain, row, spread
+from bench.row import Figure, Row, differences, plain, row, spread, unmeasured
+from stalld.enrich import procfs
 from stalld.enrich.kallsyms import Kallsyms
 from stalld.probe.btf import VMLINUX_BTF
 from stalld.probe.client import ProbeChild, bpf_directory, possible_cpus
 from stalld.probe.protocol import Request
 from stalld.reader import online_cpus
 from tests.injector.records import RecordSource
+from tests.kernel.cgroups import Tree
 from tests.kernel.daemon import COMMAND, descriptors_of
 from tests.kernel.daemon import STALLED_CPU as CPU
 
@@ -41,12 +44,20 @@ RATES = (10, 100, 1000)
 SECONDS = 2.0
 TAILS = 8
 TAILED_RATE = 200
+CGROUPS, CGROUPS_REMOVE_S, NO_CGROUP = 1000, 60.0, -1
 ROUNDS = 4
 
 
 def measure(cpus: int = CPUS) -> list[Row]:
     """A row for each kind of growth."""
-    return [*of_cpus(cpus), *watched_threads(), *stalls_per_second(), *readers(), *symbols()]
+    return [
+        *of_cpus(cpus),
+        *watched_threads(),
+        *stalls_per_second(),
+        *readers(),
+        *cgroups(),
+        *symbols(),
+    ]
 
 
 class Loaded(NamedTuple):
@@ -193,6 +204,37 @@ def _tails(socket: Path) -> Iterator[None]:
             stack.callback(end, subprocess.Popen(command, stdout=subprocess.DEVNULL))
         time.sleep(1.5)
         yield
+
+
+def cgroups() -> Iterator[Row]:
+    """Looking through many, and through a tenth of them, for one that is not there."""
+    name = f"looking through {CGROUPS:,} more cgroups for one that is gone"
+    mount = procfs.unified_mount()
+    if mount is None:
+        yield unmeasured(name, "no unified hierarchy is mounted")
+        return
+    tree = Tree(Path(mount))
+    took = []
+    try:
+        for first, last in ((0, CGROUPS // 10), (CGROUPS // 10, CGROUPS)):
+            for number in range(first, last):
+                tree.directory(f"pod{number // 10}.slice/container{number}.scope")
+            took.append(statistics.median(_search_ms(mount) for _ in range(ROUNDS)))
+    finally:
+        tree.remove(CGROUPS_REMOVE_S)
+    few, many = took
+    yield row(
+        name,
+        plain(round(many, 1), "ms"),
+        reference=plain(round(few, 1), "ms for a tenth of them"),
+        why="pauses included, in a thread for which no line waits; once a second at most",
+    )
+
+
+def _search_ms(mount: str) -> float:
+    began = time.monotonic()
+    assert procfs.find_cgroup(mount, NO_CGROUP) is None
+    return (time.monotonic() - began) * 1e3
 
 
 def symbols() -> Iterator[Row]:

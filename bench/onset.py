@@ -23,7 +23,7 @@ from stalld.detector import tick_ns
 from tests.injector import Kind
 from tests.kernel.daemon import THRESHOLD_MS, monotonic_ns
 
-STALLS = 60
+STALLS = 150
 
 
 def measure(stalls: int = STALLS) -> list[Row]:
