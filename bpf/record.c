@@ -256,6 +256,7 @@ int handle_record(struct bpf_raw_tracepoint_args *ctx)
 	}
 	if (type && !st->muted) {
 		rec->type = type;
+		rec->seq = st->seq;
 		if (!is_told(st, type))
 			tails.call(ctx, TAIL_TASK);
 		tails.call(ctx, TAIL_EMIT);
@@ -280,6 +281,10 @@ int handle_emit(struct bpf_raw_tracepoint_args *ctx)
 	if (!rec)
 		return 0;
 	st->source = rec->source;
-	emit(ctx, st, cfg, rec, rec->type, source, rec->time_ns);
+	/* A tick came meanwhile, and began the next stall: what is known is of that one. */
+	if (rec->seq != st->seq)
+		st->lost++;
+	else
+		emit(ctx, st, cfg, rec, rec->type, source, rec->time_ns);
 	return 0;
 }
