@@ -10,6 +10,7 @@ resident, Pss counts what is shared with others in parts.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from tests.injector.records import RecordSource
 from tests.kernel.daemon import STALLED_CPU as CPU
 
 SECONDS, PER_SECOND = 30.0, 1000
-STEPS = 6
+STEPS, PIECE_S = 6, 5.0
 GOAL = Goal(40, "MiB")
 FLAT_GOAL = Goal(1, "MiB")
 
@@ -39,8 +40,11 @@ def storm(side: Piped, seconds: float, per_second: int) -> Storm:
     found, sent, lost = [memory_mib(side.pid)], 0, 0
     with RecordSource(side.pid, CPU) as source:
         for _ in range(STEPS):
-            part = source.flow(per_second, seconds / STEPS)
-            sent, lost = sent + part.sent, lost + part.lost
+            pieces = math.ceil(seconds / STEPS / PIECE_S)
+            for _ in range(pieces):
+                part = source.flow(per_second, seconds / STEPS / pieces)
+                sent, lost = sent + part.sent, lost + part.lost
+                side.lines.forget()
             found.append(memory_mib(side.pid))
     return Storm(found, sent, lost)
 

@@ -82,6 +82,10 @@ class Lines:
                 found.append(event)
         return found
 
+    def forget(self) -> None:
+        """All that has come; marks are void. An hour's lines are more than fits into memory."""
+        self._chunks.clear()
+
     def mark(self) -> int:
         """Where :meth:`events` may begin later."""
         return len(self._chunks)
