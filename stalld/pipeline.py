@@ -132,9 +132,9 @@ class Pipeline:
     def _observation(self, record: StallRecord) -> Observation:
         kind = _KINDS[record.source]
         stack = self.symbols.trimmed(record.kernel_stack, kind)
-        cut = self.symbols.format_stack(record.kernel_stack)[: stack.cut]
         enabled = record.source is Source.ENTRY and any(
-            f.partition("+0x")[0] in _BH_ENABLE for f in cut
+            frame.partition("+0x")[0] in _BH_ENABLE
+            for frame in self.symbols.cut(record.kernel_stack, kind)
         )
         return Observation(record, stack.mode, stack.frames, enabled, below(stack, record.tid))
 

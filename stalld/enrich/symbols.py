@@ -107,6 +107,12 @@ class SymbolTable:
         assert trimmed is not None
         return trimmed
 
+    def cut(self, addresses: Sequence[int], kind: Kind) -> tuple[str, ...]:
+        """The innermost frames, which `trimmed` leaves out."""
+        cached = self._stack(kind, tuple(addresses))
+        assert cached.trimmed is not None
+        return cached.frames[: cached.trimmed.cut]
+
     def replace(self, base: Kallsyms) -> None:
         """Take a newly read table; announcements from before its reading are settled by it."""
         self.needs_reload = False

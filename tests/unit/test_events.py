@@ -526,9 +526,9 @@ class Symbols:
         frames = ("own+0x1", "below+0x1")[: max(0, len(addresses) - 1)]
         return SimpleNamespace(mode=self.mode, frames=frames, cut=1, own=1)
 
-    def format_stack(self, addresses: tuple[int, ...]) -> tuple[str, ...]:
-        """One name for all."""
-        return ("__local_bh_enable_ip+0x5",) * len(addresses)
+    def cut(self, addresses: tuple[int, ...], kind: str) -> tuple[str, ...]:
+        """One frame, of the function that ends the stall."""
+        return ("__local_bh_enable_ip+0x5",) * min(1, len(addresses))
 
 
 def pipeline(
