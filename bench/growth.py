@@ -12,18 +12,18 @@ through only for a task that is gone, of which the kernel told no more than its 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.bpf import attached_programs, empty, take_over
+from bench.bpf import BenchError, empty, take_over
 from bench.command import run
 from bench.hot_path import pipe, rounds_of
 from bench.processes import Daemon, Piped, cpu_s, end
@@ -63,7 +63,7 @@ def measure(cpus: int = CPUS) -> list[Row]:
 class Loaded(NamedTuple):
     """The programs, loaded for a number of CPUs: KiB of each map, of which per CPU here, ms."""
 
-    kib: dict[str, float]
+    kib: Mapping[str, float]
     percpu_kib: float
     took_ms: float
 
@@ -71,6 +71,7 @@ class Loaded(NamedTuple):
 def of_cpus(cpus: int) -> Iterator[Row]:
     """Memory and start-up."""
     here = possible_cpus()
+    _loaded(here)  # What is read for the first time takes longer.
     small, large = _loaded(here), _loaded(cpus)
     # Per-CPU maps are as large as this machine has CPUs, whatever the programs are made for.
     kib = sum(large.kib.values()) + large.percpu_kib * (cpus / here - 1)
@@ -99,19 +100,23 @@ def of_cpus(cpus: int) -> Iterator[Row]:
 
 def _loaded(cpus: int) -> Loaded:
     request = Request(cpus, str(bpf_directory()), VMLINUX_BTF, nmi="never")
+    before = {program["id"] for program in _bpftool("prog")}
     probes = ProbeChild(request).result()
     try:
+        # All that are new: those that others end in (tail calls) are attached to nothing.
         used = {
             number
             for program in _bpftool("prog")
-            if program["id"] in attached_programs(os.getpid())
+            if program["id"] not in before
             for number in program.get("map_ids", [])
         }
         maps = [one for one in _bpftool("map") if one["id"] in used]
         took_ms = probes.description.compile_ms + probes.description.attach_ms
     finally:
         probes.close()
-    kib = {one.get("name", "?"): one["bytes_memlock"] / 1024 for one in maps}
+    kib: Counter[str] = Counter()
+    for one in maps:
+        kib[one.get("name", "?")] += one["bytes_memlock"] / 1024
     percpu = sum(one["bytes_memlock"] for one in maps if "percpu" in one["type"]) / 1024
     return Loaded(kib, percpu, took_ms)
 
@@ -183,10 +188,13 @@ def readers() -> Iterator[Row]:
         )
         daemon = stack.enter_context(Daemon(base=base))
         source = stack.enter_context(RecordSource(daemon.pid, CPU))
-        for _ in range(ROUNDS):
-            alone.append(_each_us(daemon, source, TAILED_RATE))
-            with _tails(socket):
-                tailed.append(_each_us(daemon, source, TAILED_RATE))
+        for number in range(ROUNDS):
+            for with_tails in (number % 2 == 1, number % 2 == 0):
+                if with_tails:
+                    with _tails(socket):
+                        tailed.append(_each_us(daemon, source, TAILED_RATE))
+                else:
+                    alone.append(_each_us(daemon, source, TAILED_RATE))
     yield row(
         f"CPU time for a stall, {TAILS} readers of live events",
         spread(tailed, "us"),
@@ -200,10 +208,13 @@ def readers() -> Iterator[Row]:
 def _tails(socket: Path) -> Iterator[None]:
     command = [COMMAND, "tail", "--json", "--socket", str(socket)]
     with ExitStack() as stack:
-        for _ in range(TAILS):
-            stack.callback(end, subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        tails = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(TAILS)]
+        for tail in tails:
+            stack.callback(end, tail)
         time.sleep(1.5)
         yield
+        if any(tail.poll() is not None for tail in tails):
+            raise BenchError("a reader of live events ended before its time")
 
 
 def cgroups() -> Iterator[Row]:

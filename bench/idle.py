@@ -9,6 +9,8 @@ wake-ups are counted exactly, each of which costs an interrupt at most.
 
 from __future__ import annotations
 
+import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ from bench.command import run
 from bench.processes import Daemon, cpu_s, switches
 from bench.row import Figure, Goal, Row, differences, plain, row, spread
 
-ROUNDS, SECONDS = 2, 30.0
+ROUNDS, SECONDS = 4, 20.0
 SETTLE_S = 3.0
 """After a start and after an end."""
 CPU_GOAL = Goal(0.05, "% of a core")
@@ -74,11 +76,15 @@ def watch(seconds: float, pid: int | None = None) -> Quiet:
 
 def measure(rounds: int = ROUNDS, seconds: float = SECONDS) -> list[Row]:
     """CPU time, wake-ups, interrupts and context switches."""
-    without, with_it = [], []
-    for _ in range(rounds):
-        without.append(watch(seconds))
-        with Daemon() as daemon:
-            with_it.append(watch(seconds, daemon.pid))
+    without: list[Quiet] = []
+    with_it: list[Quiet] = []
+    for number in range(rounds):
+        for running in (number % 2 == 1, number % 2 == 0):
+            if running:
+                with Daemon() as daemon:
+                    with_it.append(watch(seconds, daemon.pid))
+            else:
+                without.append(watch(seconds))
     told = f"{rounds} rounds of {seconds:g} s each way"
     return [
         row(
@@ -105,20 +111,19 @@ def _interrupts(without: list[Quiet], with_it: list[Quiet], told: str) -> Row:
     made = _compared("interrupts on an idle machine", "interrupts", without, with_it)
     alone = [one.interrupts for one in without]
     more = [a.interrupts - b.interrupts for a, b in zip(with_it, without, strict=True)]
-    noise = max(alone) - min(alone)
-    restless = len(alone) < 2 or noise > RESTLESS * max(alone)
-    rule = (
-        f"nothing can be said: without the daemon {len(alone)} rounds differ by {noise:.0f} /s, so "
-        "this machine is not idle"
-        if restless
-        else f"{told}; reached: no more than the rounds without it differ among themselves "
-        f"({noise:.1f} /s), or than 1 /s"
+    restless = len(alone) < 2 or max(alone) - min(alone) > RESTLESS * max(alone)
+    if restless:
+        why = (
+            f"nothing can be said: without the daemon {len(alone)} rounds lie between "
+            f"{min(alone):.1f} and {max(alone):.1f} /s, so this machine is not idle"
+        )
+        return made._replace(goal=INTERRUPTS_GOAL, reached=None, why=why)
+    mean, error = statistics.mean(more), statistics.stdev(more) / math.sqrt(len(more))
+    why = (
+        f"{told}; in the mean {mean:+.2f} /s, standard error {error:.2f}; reached: within two of "
+        "these of none"
     )
-    return made._replace(
-        goal=INTERRUPTS_GOAL,
-        reached=None if restless else sum(more) / len(more) <= max(noise, 1.0),
-        why=rule,
-    )
+    return made._replace(goal=INTERRUPTS_GOAL, reached=mean <= 2 * error, why=why)
 
 
 def _compared(name: str, what: str, without: list[Quiet], with_it: list[Quiet]) -> Row:

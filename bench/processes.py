@@ -82,9 +82,15 @@ class Lines:
                 found.append(event)
         return found
 
-    def forget(self) -> None:
-        """All that has come; marks are void. An hour's lines are more than fits into memory."""
-        self._chunks.clear()
+    def forget(self) -> bytes:
+        """All that has come, once more; an hour's lines are more than fits into memory.
+
+        The last line may go on in what comes later. Marks are void.
+        """
+        count = len(self._chunks)
+        data = b"".join(chunk.data for chunk in self._chunks[:count])
+        del self._chunks[:count]
+        return data
 
     def mark(self) -> int:
         """Where :meth:`events` may begin later."""

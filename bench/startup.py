@@ -43,12 +43,12 @@ def measure(rounds: int = ROUNDS) -> list[Row]:
         missing[STOCK] = str(error)
         start[STOCK] = bcc_tool
     seconds: dict[str, list[float]] = {name: [] for name in start}
-    for _ in range(rounds):
-        for name, begin in start.items():
+    for number in range(rounds):
+        for name in reversed(list(start)) if number % 2 else list(start):
             if name in missing and name != STOCK:
                 continue
             try:
-                with begin() as one:
+                with start[name]() as one:
                     seconds[name].append(one.ready_s)
             except BenchError as error:
                 if name == "ours":
@@ -61,6 +61,9 @@ def measure(rounds: int = ROUNDS) -> list[Row]:
         goal = GOAL if name == STOCK else None
         if not seconds[name]:
             rows.append(unmeasured(full, missing[name], goal))
+            continue
+        if len(seconds[name]) != rounds:
+            rows.append(unmeasured(full, f"it did not start each time: {missing[name]}", goal))
             continue
         stands_in = f"bench/bcc_tool.py stands in: {missing[name]}" if name in missing else ""
         rows.append(

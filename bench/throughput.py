@@ -94,9 +94,9 @@ def measure(rounds: int = ROUNDS, seconds: float = SECONDS) -> list[Row]:
         NAMED: lambda: bcc_tool("--names"),
     }
     found: dict[str, list[Result]] = {name: [] for name in start}
-    for _ in range(rounds):
-        for name, one in start.items():
-            with one() as side:
+    for number in range(rounds):
+        for name in reversed(list(start)) if number % 2 else list(start):
+            with start[name]() as side:
                 found[name].append(saturated(side, name == "ours", seconds))
     rates = {name: [one.per_core_s for one in results] for name, results in found.items()}
     ours = spread(rates["ours"], "records/s")
