@@ -9,11 +9,14 @@ int handle_cpuhp_enter(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 source = SOURCE_HOTPLUG;
 	u32 cpu = ctx->args[0];
-	u32 target = (u32)ctx->args[1] + 1;
+	u32 target = (u32)ctx->args[1] + 1, offline = 1;
 	struct stall_record *rec = scratch.lookup(&source);
 	struct cpu_state *st = cpus.lookup(&cpu);
 
 	if (!st || !rec)
+		return 0;
+	/* A CPU that is up may go through a single step, as when a module is loaded. */
+	if (st->hotplug == target && target != offline)
 		return 0;
 	forget_raises(st);
 	forget_waiters(st);
@@ -26,12 +29,15 @@ int handle_cpuhp_enter(struct bpf_raw_tracepoint_args *ctx)
 	st->active = 0;
 	if (st->hotplug == target)
 		return 0;
-	st->hotplug = target;
 	rec->type = RECORD_HOTPLUG;
 	rec->source = source;
 	rec->cpu = cpu;
 	rec->kernel_stack_bytes = 0;
 	rec->user_stack_bytes = 0;
-	events.perf_submit(ctx, rec, offsetof(struct stall_record, kernel_stack));
+	/* Lost, it is told at the next step. */
+	if (events.perf_submit(ctx, rec, offsetof(struct stall_record, kernel_stack)))
+		st->lost++;
+	else
+		st->hotplug = target;
 	return 0;
 }

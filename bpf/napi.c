@@ -9,10 +9,13 @@
 
 static __always_inline void identify(struct napi_slot *slot, struct napi_struct *napi)
 {
-	struct net_device *dev;
+	struct net_device *dev = NULL;
 
 	READ(dev, napi, dev);
 	READ(slot->ifindex, dev, ifindex);
+	/* Wi-Fi polls through a device that is never registered, and so has no number. */
+	if (dev && !slot->ifindex)
+		slot->ifindex = NAPI_UNREGISTERED;
 	bpf_probe_read_kernel(slot->name, sizeof(slot->name), dev->name);
 }
 
@@ -49,6 +52,8 @@ int handle_napi_poll(struct bpf_raw_tracepoint_args *ctx)
 	u64 now = bpf_jiffies64();
 	struct napi_slot *slot;
 	u32 place, ifindex;
+	/* netpoll (netconsole) polls for sent packets only: its budget is 0. */
+	bool exhausted = budget && work >= budget;
 
 	place = cpu * NAPI_SLOTS + (napi >> 6 ^ napi >> 10 ^ napi >> 14) % NAPI_SLOTS;
 	slot = napis.lookup(&place);
@@ -69,11 +74,11 @@ int handle_napi_poll(struct bpf_raw_tracepoint_args *ctx)
 		}
 		slot->polls++;
 		slot->packets += work;
-		slot->exhausted += work >= budget;
+		slot->exhausted += exhausted;
 		if (st->active)
-			count_in_stall(slot, st->seq, work, work >= budget);
+			count_in_stall(slot, st->seq, work, exhausted);
 	}
-	if (st->napi_wanted) {
+	if (st->napi_wanted && budget) {
 		struct napi_slot polled = {};
 
 		identify(&polled, (struct napi_struct *)napi);

@@ -22,8 +22,8 @@ static __always_inline bool end(struct cpu_state *st, struct watch_config *cfg, 
 	return true;
 }
 
-static __always_inline void fill_waits(struct stall_record *rec, struct cpu_state *st, u32 type,
-				       u64 now)
+static __always_inline void fill_waits(struct stall_record *rec, struct cpu_state *st,
+				       struct watch_config *cfg, u32 type, u64 now)
 {
 	struct waiter *waiter;
 	u64 ongoing = type == RECORD_CLOSE ? 0 : ~0ULL;
@@ -32,7 +32,8 @@ static __always_inline void fill_waits(struct stall_record *rec, struct cpu_stat
 
 	opaque(ongoing);
 	for (i = 0; i < VEC_COUNT; i++) {
-		here = age(st->raised[i], now) & ongoing;
+		/* HI and TASKLET are timed also where they may not starve. */
+		here = age(st->raised[i], now) & ongoing & -(u64)(cfg->vec_mask >> i & 1);
 		rec->wait_ns[i] = here | (st->waited_ns[i] & ~ongoing);
 	}
 	for (i = 0; i < WAITERS; i++) {
@@ -91,7 +92,7 @@ static __always_inline void emit(void *ctx, struct cpu_state *st, struct watch_c
 	rec->received_rps = counts.received_rps;
 	rec->flow_limit = counts.flow_limit;
 	rec->backlog = counts.backlog;
-	fill_waits(rec, st, type, now);
+	fill_waits(rec, st, cfg, type, now);
 	fill_service(rec, st, now);
 	rec->switched_ns = st->switched_ns;
 	rec->cgroup_id = bpf_get_current_cgroup_id();

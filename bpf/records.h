@@ -40,6 +40,7 @@
 /* Two rings a CPU: when a stall begins, the one that tells of before is left alone. */
 #define LOOKBACK_RINGS 2
 #define NAPI_SLOTS 16
+#define NAPI_UNREGISTERED 0xffffffff /* ifindex of a device without a number */
 #define BUCKET_TASKS 4
 #define CPU_ANY 0xffffffffU
 /* In timed_mask: the threshold is long enough that less than a tick is brief. */
@@ -128,8 +129,8 @@ enum task_path {
 };
 
 /*
- * Who a task is, once per stall and task, before its first record. Of each path
- * the names follow each other in names, innermost first, each with its NUL.
+ * Who a task is, once per stall and task, before its first record (but an NMI's,
+ * which goes without). Of each path the names follow each other in names, innermost first, each with its NUL.
  */
 struct task_record {
 	u32 type;
@@ -217,7 +218,7 @@ struct cpu_state {
 	u32 muted; /* this stall is over the limit and sends nothing */
 	u32 window_stalls;
 	u32 suppressed; /* stalls that ended muted */
-	u32 lost; /* records that the perf buffer had no room for */
+	u32 lost; /* records that the perf buffer had no room for, or that came too late */
 	u32 sent;
 	u32 inline_served; /* softirqs served elsewhere while ksoftirqd waited */
 	u32 deferred; /* softirqs left to a waiting ksoftirqd */

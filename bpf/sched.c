@@ -49,7 +49,10 @@ static __always_inline void wait_begins(struct cpu_state *st, u64 task, u32 pid,
 		st->switches = 0;
 	waiter->task = task;
 	waiter->pid = pid;
-	/* It did not wait before, else it could not be woken: what stood here was stale. */
+	/*
+	 * Whoever is woken did not wait before, but that it was preempted on its way
+	 * to sleep: then work has come only now. What else stood here was stale.
+	 */
 	waiter->since_ns = now;
 	st->waiting[slot] = 1;
 }

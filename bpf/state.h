@@ -3,21 +3,21 @@
  * Maps, and the life of a stall: begin, sample, close.
  *
  * A program may be interrupted by another one on its CPU only upwards
- * (softirq_entry by the tick), never by itself, so plain loads and stores do;
- * where the order matters a comment says so.
+ * (softirq_entry by the tick), never by itself (tick.c takes care of that), so
+ * plain loads and stores do; where the order matters a comment says so.
  */
 #define PF_KTHREAD 0x00200000
 #define NSEC_PER_SEC 1000000000ULL
 /* A stall over the limit of its second is told after all from this many thresholds on. */
 #define SERIOUS_FACTOR 10
 
-BPF_F_TABLE("array", u32, struct cpu_state, cpus, NR_CPUS, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, struct cpu_state, cpus, STALLD_CPUS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct watch_config, config, 1, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct watched_bucket, watched, 1 << WATCHED_BITS, BPF_F_MMAPABLE);
 /* Not one ring or table an element: bcc spends time on every member of those. */
-BPF_F_TABLE("array", u32, struct tick_sample, rings, NR_CPUS * LOOKBACK_RINGS * LOOKBACK_SAMPLES,
-	    BPF_F_MMAPABLE);
-BPF_F_TABLE("array", u32, struct napi_slot, napis, NR_CPUS *NAPI_SLOTS, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, struct tick_sample, rings,
+	    STALLD_CPUS * LOOKBACK_RINGS * LOOKBACK_SAMPLES, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, struct napi_slot, napis, STALLD_CPUS *NAPI_SLOTS, BPF_F_MMAPABLE);
 /* One slot per source: a tick may interrupt softirq_entry's record. */
 BPF_PERCPU_ARRAY(scratch, struct stall_record, SOURCE_COUNT);
 BPF_PERCPU_ARRAY(task_scratch, struct task_record, SOURCE_COUNT);

@@ -287,11 +287,12 @@ int handle_task(struct bpf_raw_tracepoint_args *ctx)
 	opaque(bytes);
 	/* The mask changes nothing; it shows the verifier the bound. */
 	bytes &= NAMES_LEN - 1;
-	st->told_task = (u64)st->seq << 32 | (u32)id;
-	if (events.perf_submit(ctx, rec, offsetof(struct task_record, names) + bytes))
+	if (events.perf_submit(ctx, rec, offsetof(struct task_record, names) + bytes)) {
 		st->lost++;
-	else
+	} else {
 		st->sent++;
+		st->told_task = (u64)st->seq << 32 | (u32)id;
+	}
 	tails.call(ctx, TAIL_EMIT);
 	st->source = stall->source;
 	return 0;

@@ -3,6 +3,7 @@
  * Task iterator: tells user space pid, name and task pointer of every kernel
  * thread, so that the hot path compares pointers and reads no memory.
  */
+#ifdef STALLD_STRUCTS_FROM_BTF
 int bpf_iter__task(struct bpf_iter__task *ctx)
 {
 	struct seq_file *seq = ctx->meta->seq;
@@ -20,3 +21,4 @@ int bpf_iter__task(struct bpf_iter__task *ctx)
 	bpf_seq_write(seq, &entry, sizeof(entry));
 	return 0;
 }
+#endif

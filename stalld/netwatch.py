@@ -227,5 +227,5 @@ class NetWatch:
             return {}
 
     def _count(self, what: str, error: Exception) -> None:
-        reason = error.strerror if isinstance(error, OSError) else "not understood"
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "not understood"
         self.faults[f"{what}: {reason}"] += 1

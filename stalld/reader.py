@@ -26,7 +26,7 @@ from stalld import perf
 from stalld.errors import StalldError
 
 PAGES_PER_CPU = 32
-"""128 KiB per CPU: some 90 of the largest records."""
+"""128 KiB per CPU: some 80 records of stalls with long stacks."""
 
 # libbpf's perf_buffer_event_fn, and its answer "go on" (LIBBPF_PERF_EVENT_CONT).
 _EVENT_FN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)

@@ -37,6 +37,8 @@ WAITERS = 8
 KSOFTIRQD = 0
 """Which of the waiters is ksoftirqd."""
 NAPI_SLOTS = 16
+NAPI_UNREGISTERED = 0xFFFFFFFF
+"""Instead of the index of a device that the kernel never registered."""
 BUCKET_TASKS = 4
 CPU_ANY = 0xFFFFFFFF
 BRIEF_BIT = 31
@@ -139,6 +141,11 @@ class NamePath(NamedTuple):
     names: tuple[bytes, ...]
     cut: bool
 
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is missing: neither names nor a part of one, which the kernel cuts."""
+        return not self.cut and all(len(name) < NAME_LEN - 1 for name in self.names)
+
 
 class TaskRecord(NamedTuple):
     """One ``struct task_record``: who a task is, once per stall and task.
@@ -172,6 +179,11 @@ class TaskRecord(NamedTuple):
     controller: NamePath
     exe: NamePath
     file: NamePath
+
+    @property
+    def tells_cgroup(self) -> bool:
+        """Whether the record has the whole path, in both hierarchies."""
+        return Known.CGROUP in self.known and self.cgroup.whole and self.controller.whole
 
 
 class TaskEntry(NamedTuple):

@@ -12,7 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, overload
 
 from stalld.decode import TICK, decode_tick
-from stalld.records import COMM_LEN, LOOKBACK_RINGS, LOOKBACK_SAMPLES, NAPI_SLOTS, TickSample
+from stalld.records import (
+    COMM_LEN,
+    LOOKBACK_RINGS,
+    LOOKBACK_SAMPLES,
+    NAPI_SLOTS,
+    NAPI_UNREGISTERED,
+    TickSample,
+)
 from stalld.state import Maps, map_array, map_memory, words
 
 # tick_sample.time_ns, of one sample and of all in a CPU's rings.
@@ -53,7 +60,7 @@ class Polled(NamedTuple):
 
 Napi = Mapping[tuple[int, bytes], Polled]
 """(ifindex, name) → what was polled; (0, b"") is what found no place in the table."""
-BACKLOG = b"backlog"
+BACKLOG, UNREGISTERED = b"backlog", b"unregistered"
 
 
 class Ticks(Sequence[TickSample]):
@@ -239,9 +246,21 @@ class Rings:
         return found
 
 
+def device_of(ifindex: int, name: bytes) -> tuple[int, bytes]:
+    """Index and name of what was polled, from what the kernel noted of it.
+
+    The queue of packets that other CPUs, or loopback, left has no device. Wi-Fi drivers poll
+    through one that is never registered: it has no index, and perhaps no name.
+    """
+    if not ifindex:
+        return 0, BACKLOG
+    if ifindex == NAPI_UNREGISTERED:
+        return 0, name or UNREGISTERED
+    return ifindex, name
+
+
 def _key(slot: NapiSlot) -> tuple[int, bytes]:
-    # The queue of packets that other CPUs, or loopback, left has no device.
-    return slot.ifindex, bytes(slot.name) if slot.ifindex else BACKLOG
+    return device_of(slot.ifindex, bytes(slot.name))
 
 
 def _sum(one: Polled | None, other: Polled) -> Polled:

@@ -101,8 +101,10 @@ class Upkeep:
         while True:
             now_ns = time.monotonic_ns()
             due_ns = [counted_ns] if counted_ns > now_ns else []
-            if pipeline.folder.next_flush_ns is not None:
-                due_ns.append(pipeline.folder.next_flush_ns)
+            with self._reader.lock:
+                flush_ns = pipeline.folder.next_flush_ns
+            if flush_ns is not None:
+                due_ns.append(flush_ns)
             if not pipeline.tracker.open:
                 with suppress(TimeoutError):
                     async with asyncio.timeout((min(due_ns) - now_ns) / 1e9 if due_ns else None):

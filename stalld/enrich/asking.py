@@ -33,7 +33,8 @@ class Unknown(StrEnum):
     """Why something is null.
 
     GONE: the task had ended. LATE: the answer came after the line. BUSY: too many questions, or
-    one that hangs. DENIED: /proc does not show the task (``hidepid``).
+    one that hangs. DENIED: /proc may not be read, or says what is not understood. (``hidepid``
+    hides a task as if it were gone.)
     """
 
     GONE = "gone"
@@ -180,7 +181,7 @@ class Asking:
             if known.cgroups is None and question.cgroup_id:
                 known = known._replace(cgroups=self._search(question.cgroup_id))
             return known, Unknown.GONE
-        except OSError:
+        except (OSError, ValueError):
             return known, Unknown.DENIED
         return known, None
 

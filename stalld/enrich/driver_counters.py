@@ -20,8 +20,8 @@ _LOST = (
     r"(?:drops?|dropped|dropped_pkts?|discards?|discard_packets|no_?bufs?|no_?buffers?(?:_posted)?"
     r"|buff_alloc_err|alloc_fail(?:ed)?|alloc_rx_buff_failed|skb_alloc_(?:fail(?:ed)?|discard)"
     r"|page_alloc_fail|alloc_err|out_of_buffer|buf_alloc_(?:fail|err)|sw_dropped|hw_drops"
-    r"|hw_drop_overruns|overruns?|nobuf_drops|oversize_pkts_sw_drop|cache_full|fifo_errors"
-    r"|ring_full|page_allocation_error|refil_partial|noskb_drops|no_desc)"
+    r"|hw_drop_overruns|overruns?|nobuf_drops|oversize_pkts_sw_drop|fifo_errors|ring_full"
+    r"|page_allocation_error|noskb_drops|no_desc)"
 )
 _QUEUES = tuple(
     re.compile(pattern, re.IGNORECASE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from stalld.enrich.ethtool import Ethtool
 
 _GSTRINGS, _GSTATS, _GSSET_INFO = 0x1B, 0x1D, 0x37
 _SS_STATS = 1
-_STRING = 32
+_STRING, _VALUE = 32, 8
 _MAX_COUNTERS = 1 << 14
 _MAX_LOST = 1024
 _HEAD = struct.Struct("=II")
@@ -51,7 +52,9 @@ class DriverStats:
             self._count = count
         if not self.lost:
             return {}
-        data = ethtool.call(self.device, _HEAD.pack(_GSTATS, count), 8 * count)
+        head = _HEAD.pack(_GSTATS, count)
+        data = ethtool.call(self.device, head, _VALUE * _MAX_COUNTERS, _VALUE * count)
+        _same(_HEAD.unpack_from(data)[1], count)
         values = struct.unpack_from(f"={count}Q", data, _HEAD.size)
         return {lost: values[lost.place] for lost in self.lost}
 
@@ -65,8 +68,15 @@ class DriverStats:
         if not count:
             return ()
         head = _STRINGS_HEAD.pack(_GSTRINGS, _SS_STATS, count)
-        data = ethtool.call(self.device, head, _STRING * count)
-        return lost_counters(data[_STRINGS_HEAD.size : _STRINGS_HEAD.size + _STRING * count])
+        data = ethtool.call(self.device, head, _STRING * _MAX_COUNTERS, _STRING * count)
+        _same(_STRINGS_HEAD.unpack_from(data)[2], count)
+        return lost_counters(data[_STRINGS_HEAD.size :])
+
+
+def _same(answered: int, count: int) -> None:
+    """Queues may come and go between two questions, and counters with them."""
+    if answered != count:
+        raise OSError(errno.EAGAIN, "the counters of the driver have just changed")
 
 
 def lost_counters(names: bytes) -> tuple[Lost, ...]:

@@ -58,8 +58,13 @@ class Ethtool:
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    def call(self, device: str, head: bytes, size: int = 0) -> bytes:
+    def call(self, device: str, head: bytes, size: int = 0, wanted: int = 0) -> bytes:
         """One request: ``head``, and room for ``size`` bytes of an answer behind it.
+
+        The kernel may write more than it was asked for: give as much room as it ever could need.
+
+        Returns:
+            The head, as it was answered, and the first ``wanted`` bytes behind it.
 
         Raises:
             OSError: refused; EOPNOTSUPP where the driver does not have it.
@@ -67,7 +72,8 @@ class Ethtool:
         buffer = ctypes.create_string_buffer(head, len(head) + size + _SLACK)
         request = _IFREQ.pack(os.fsencode(device)[:15], ctypes.addressof(buffer))
         fcntl.ioctl(self._socket, _SIOCETHTOOL, request)
-        return buffer.raw
+        # What nobody wrote to has no memory yet, and is not to get any.
+        return bytes(memoryview(buffer)[: len(head) + wanted])
 
     def settings(self, device: str) -> Settings:
         """All that the driver tells.
@@ -101,8 +107,9 @@ def settings_of(
         # A maximum of 0: the driver has no ring of its own.
         told = told._replace(ring=rings[5] or None, ring_max=rings[1] or None)
     if channels:
+        # Drivers that can have both kinds share the same queues out among them.
         told = told._replace(
-            channels=channels[5] + channels[8], channels_max=channels[1] + channels[4]
+            channels=channels[5] + channels[8], channels_max=max(channels[1], channels[4])
         )
     if coalesce:
         told = told._replace(

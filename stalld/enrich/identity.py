@@ -50,7 +50,7 @@ def lacks(task: TaskRecord | None) -> bool:
     if task is None:
         return True
     own = task.task_flags & PF_KTHREAD or Known.ARGS in task.known
-    return not (own and Known.CGROUP in task.known and task.parent_pid)
+    return not (own and task.tells_cgroup and task.parent_pid)
 
 
 @lru_cache(maxsize=64)
@@ -80,7 +80,8 @@ def identify(
     args, total = asked.args, len(asked.args or b"")
     if Known.ARGS in task.known:
         args, total = task.args, task.args_total
-    if Known.CGROUP in task.known:
+    # A path that the kernel's record has cut is better than none.
+    if task.tells_cgroup or (Known.CGROUP in task.known and not asked.cgroups):
         place = resolve([_path(path) for path in _cgroups(task)])
     else:
         place = resolve(asked.cgroups or ())

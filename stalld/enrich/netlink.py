@@ -6,6 +6,7 @@ every few seconds: one request, one answer of 240 bytes a link (rtnetlink(7)).
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from typing import NamedTuple, Self
@@ -13,9 +14,8 @@ from typing import NamedTuple, Self
 _NLMSG = struct.Struct("=IHHII")
 _ATTR = struct.Struct("=HH")
 _STATS_MSG = struct.Struct("=BBHII")
-_IFINFO = struct.Struct("=BxHiII")
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWSTATS, _RTM_GETSTATS = 16, 17, 92, 94
+_RTM_NEWSTATS, _RTM_GETSTATS = 92, 94
 _REQUEST_DUMP = 0x301
 _RTMGRP_LINK = 1
 _IFLA_STATS_LINK_64 = 1
@@ -82,15 +82,6 @@ def stats_of(body: bytes) -> tuple[int, LinkStats] | None:
     return None
 
 
-def changed_links(data: bytes) -> set[int]:
-    """Indices of the links that news are of."""
-    return {
-        _IFINFO.unpack_from(body)[2]
-        for kind, body in messages(data)
-        if kind in (_RTM_NEWLINK, _RTM_DELLINK) and len(body) >= _IFINFO.size
-    }
-
-
 def link_stats() -> dict[int, LinkStats]:
     """The statistics of all links of our network namespace, by index.
 
@@ -142,16 +133,16 @@ class LinkNews:
         """The descriptor."""
         return self._socket.fileno()
 
-    def drain(self) -> set[int] | None:
-        """Which links news have come of; None: there was more than the socket had room for."""
-        found: set[int] = set()
+    def drain(self) -> None:
+        """Take what there is, also that there was more than the socket had room for."""
         while True:
             try:
-                found |= changed_links(self._socket.recv(_BUFFER))
+                self._socket.recv(_BUFFER)
             except BlockingIOError:
-                return found
-            except OSError:  # ENOBUFS: some were lost.
-                return None
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
 
     def close(self) -> None:
         """No more news."""

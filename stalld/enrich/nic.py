@@ -277,7 +277,7 @@ class Surveyor:
             return None
 
     def _count(self, what: str, error: Exception) -> None:
-        reason = error.strerror if isinstance(error, OSError) else "not understood"
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "not understood"
         self._faults[f"{what}: {reason}"] += 1
 
 

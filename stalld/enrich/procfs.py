@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -20,6 +21,10 @@ lock."""
 
 # Whose paths say most: the unified hierarchy's, those of the controllers that runtimes use.
 _WANTED = ("", "memory", "cpu", "name=systemd")
+
+
+# What would end a field of mountinfo.
+_ESCAPED = re.compile(rb"\\([0-3][0-7]{2})")
 
 
 class GoneError(Exception):
@@ -41,8 +46,8 @@ def read_task(
     """
     own = Path(proc, str(tgid))
     try:
-        found = (own / "task" / str(tid) / "comm").read_bytes().rstrip(b"\n")
-        if found != comm[: COMM_LEN - 1]:
+        found = _comm(own / "task" / str(tid))
+        if not _is_named(found, comm[: COMM_LEN - 1]):
             raise GoneError
         status = _status((own / "status").read_bytes())
         parent_pid = int(status.get(b"PPid", b"0"))
@@ -50,7 +55,7 @@ def read_task(
         asked = Asked(
             uid=int(status[b"Uid"].split()[0]) if b"Uid" in status else None,
             parent_pid=parent_pid or None,
-            parent_comm=_comm(Path(proc, str(parent_pid))),
+            parent_comm=_comm_if_there(Path(proc, str(parent_pid))),
             ns_pid=int(ids[-1]) if len(ids) > 1 else None,
         )
         tell(asked)
@@ -63,11 +68,25 @@ def read_task(
         raise GoneError from None
 
 
-def _comm(directory: Path) -> bytes | None:
+def _comm(directory: Path) -> bytes:
+    # A name may end in newlines of its own.
+    return (directory / "comm").read_bytes().removesuffix(b"\n")
+
+
+def _comm_if_there(directory: Path) -> bytes | None:
     try:
-        return (directory / "comm").read_bytes().rstrip(b"\n")
+        return _comm(directory)
     except OSError:
         return None
+
+
+def _is_named(found: bytes, comm: bytes) -> bool:
+    """Whether a task that /proc calls ``found`` may have this name in the kernel.
+
+    Of kernel threads /proc tells more: all of a long name, and a worker's work.
+    """
+    longer = len(found) >= COMM_LEN or comm.startswith(b"kworker/")
+    return found == comm or (longer and found.startswith(comm))
 
 
 def _status(raw: bytes) -> dict[bytes, bytes]:
@@ -89,14 +108,14 @@ def _cgroups(raw: bytes) -> Iterator[bytes]:
 def unified_mount(proc: str = "/proc") -> str | None:
     """Where the unified hierarchy is mounted, as a whole; None: nowhere."""
     try:
-        lines = Path(proc, "self/mountinfo").read_text(errors="surrogateescape").splitlines()
+        lines = Path(proc, "self/mountinfo").read_bytes().split(b"\n")
     except OSError:
         return None
     for line in lines:
-        mount, _, source = line.partition(" - ")
-        _, _, _, root, point = mount.split(" ")[:5]
-        if root == "/" and source.startswith("cgroup2 "):
-            return point.encode().decode("unicode_escape")
+        mount, _, source = line.partition(b" - ")
+        fields = mount.split(b" ")
+        if len(fields) > 4 and fields[3] == b"/" and source.startswith(b"cgroup2 "):
+            return os.fsdecode(_ESCAPED.sub(lambda told: bytes([int(told[1], 8)]), fields[4]))
     return None
 
 

@@ -41,6 +41,10 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
 """What the programs touch: per struct the fields, each with its older names."""
 
 
+_TIMER_HEADERS = ("hrtimer_types.h", "hrtimer.h")
+"""Below include/linux of a source tree: where struct hrtimer is, by age."""
+
+
 class Who(NamedTuple):
     """A part of ``bpf/task.c`` that tells who a task is, where the kernel has its fields.
 
@@ -277,7 +281,9 @@ def distribution_headers(root: Path = Path("/")) -> list[str]:
         )
     new_state = re.search(r"unsigned int\s+__state;", sched)
     flags = [f"-DSTALLD_TASK_STATE={'__state' if new_state else 'state'}"]
-    flags.append("-DSTALLD_HRTIMER_QUEUED=state")
+    timers = [_text(tree / "include/linux" / name) or "" for name in _TIMER_HEADERS]
+    queued = "is_queued" if any(re.search(r"\bis_queued;", text) for text in timers) else "state"
+    flags.append(f"-DSTALLD_HRTIMER_QUEUED={queued}")
     events = _text(tree / "include/trace/events/sched.h") or ""
     if re.search(r"TRACE_EVENT\(sched_switch,\s*TP_PROTO\([^)]*prev_state", events):
         flags.append("-DSCHED_SWITCH_HAS_PREV_STATE")

@@ -243,7 +243,7 @@ def _build(
     # -O1: bcc runs LLVM's own passes after clang's; unrolling in both costs time and size.
     flags = [
         *flags,
-        f"-DNR_CPUS={request.cpus}",
+        f"-DSTALLD_CPUS={request.cpus}",
         f"-DWATCHED_BITS={watched_bits(request.cpus)}",
         "-O1",
         "-Wno-duplicate-decl-specifier",

@@ -20,7 +20,7 @@ from stalld.records import (
     TickKind,
     TickSample,
 )
-from stalld.rings import BACKLOG
+from stalld.rings import device_of
 from stalld.track.gather import Stall
 from stalld.track.model import Blocker, Handler, Net, Observation, Tick
 from stalld.track.verdict import Evidence, Verdict
@@ -99,10 +99,11 @@ def longest_in_kernel_ns(
 
     A task has had the CPU since the last context switch, or since the stall began; two
     samples of it with no switch between them show that it had it all the time. It was in
-    the kernel since the last tick that found user code (``user_ns``).
+    the kernel since the last sample, or tick (``user_ns``), that found user code.
     """
     longest = 0
     since = 0
+    user_until_ns = 0
     before: Observation | None = None
     for now in during:
         record = now.record
@@ -111,9 +112,11 @@ def longest_in_kernel_ns(
         )
         if now.task_mode != "kernel":
             before = None
+            if now.task_mode == "user":
+                user_until_ns = record.time_ns
             continue
         if not same:
-            since = max(record.started_ns, record.switched_ns)
+            since = max(record.started_ns, record.switched_ns, user_until_ns)
         since = max((since, *(at for at in user_ns if at <= record.time_ns)))
         longest = max(longest, record.time_ns - since)
         before = now
@@ -135,7 +138,7 @@ def longest_handler(stall: Stall, threshold_ns: int) -> Handler | None:
     # What was polled after another vector's handler has no part in that.
     if polled is None or record.served_vec != _NET_RX:
         return Handler(record.served_vec, record.served_ns, None, None, None)
-    device = polled.napi_name if polled.napi_ifindex else BACKLOG
+    _, device = device_of(polled.napi_ifindex, polled.napi_name)
     return Handler(
         record.served_vec, record.served_ns, device, polled.napi_work, polled.napi_budget
     )

@@ -89,10 +89,11 @@ class Tracker:
 
     def take_task(self, task: TaskRecord) -> None:
         """Remember who a task is that the next records are about."""
-        known = self._tasks.setdefault(task.cpu, [])
-        if known and known[0].seq != task.seq:
-            known.clear()
-        known.append(task)
+        # It comes before the first record of its stall, when the one before may not be closed yet.
+        stall = self._open.get(task.cpu)
+        of = {task.seq} if stall is None else {task.seq, stall.seq}
+        known = [one for one in self._tasks.get(task.cpu, ()) if one.seq in of]
+        self._tasks[task.cpu] = [*known, task]
 
     def lost(self, cpu: int, count: int) -> None:
         """The perf buffer of ``cpu`` dropped ``count`` records."""

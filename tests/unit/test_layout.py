@@ -198,6 +198,7 @@ SAME_NAME = (
     "WAITERS",
     "KSOFTIRQD",
     "NAPI_SLOTS",
+    "NAPI_UNREGISTERED",
     "BUCKET_TASKS",
     "CPU_ANY",
     "BRIEF_BIT",

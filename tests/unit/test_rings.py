@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stalld.decode import TICK
-from stalld.records import LOOKBACK_DEPTH, LOOKBACK_RINGS, LOOKBACK_SAMPLES, NAPI_SLOTS, TickSample
+from stalld.records import (
+    LOOKBACK_DEPTH,
+    LOOKBACK_RINGS,
+    LOOKBACK_SAMPLES,
+    NAPI_SLOTS,
+    NAPI_UNREGISTERED,
+    TickSample,
+)
 from stalld.rings import MAX_COPIES, NapiSlot, Rings, Ticks
 from tests.unit import make
 from tests.unit.make import MS, T0, keep, tick
@@ -365,6 +372,13 @@ class TestNapi:
         rings = made()
         rings._slots[3] = slot(3, 0, b"", 4, 8, 0)
         assert rings.napi(0) == {(0, b"backlog"): (4, 8, 0)}
+
+    def test_a_device_that_was_never_registered(self) -> None:
+        """It has no number, and is not the CPU's queue."""
+        rings = made()
+        rings._slots[3] = slot(3, NAPI_UNREGISTERED, b"", 4, 8, 0)
+        rings._slots[4] = slot(4, NAPI_UNREGISTERED, b"dummy", 1, 1, 0)
+        assert rings.napi(0) == {(0, b"unregistered"): (4, 8, 0), (0, b"dummy"): (1, 1, 0)}
 
     def test_what_found_no_slot(self) -> None:
         """Polls that could not be told apart are one entry without a name."""

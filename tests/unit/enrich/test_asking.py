@@ -6,6 +6,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -203,17 +205,55 @@ def test_another_proc(tmp_path: Path, cgroup: str, paths: tuple[bytes, ...]) -> 
     assert told[-1] == Asked(b"a\0b\0", 5, 3, b"shim", 4, paths)
 
 
+@pytest.mark.parametrize(
+    ("found", "comm", "same"),
+    [
+        (b"kworker/0:0H-kblockd", b"kworker/0:0H", True),
+        (b"kworker/0:0-x", b"kworker/0:0", True),
+        (b"a_thread_of_the_kernel", b"a_thread_of_the", True),
+        (b"spinner\n", b"spinner\n", True),
+        (b"spinner2", b"spinner", False),
+        (b"spinner", b"spinner\n", False),
+    ],
+)
+def test_names(tmp_path: Path, found: bytes, comm: bytes, same: bool) -> None:
+    """Of kernel threads /proc tells more than the kernel's own name; of others it must be that."""
+    proc = made_proc(tmp_path, "")
+    (tmp_path / "10/task/11/comm").write_bytes(found + b"\n")
+    told: list[Asked] = []
+    with nullcontext() if same else pytest.raises(GoneError):
+        read_task(10, 11, comm, told.append, proc)
+    assert bool(told) is same
+
+
+def test_nonsense_does_not_end_the_thread(tmp_path: Path) -> None:
+    """What is not understood is told as unknown, and the next question has its answer."""
+    proc = made_proc(tmp_path, "")
+    (tmp_path / "10").rename(tmp_path / "100")
+    (tmp_path / "100/task/11").rename(tmp_path / "100/task/101")
+    status = tmp_path / "100/status"
+    status.write_text("PPid:\tx\n")
+    asking = Asking(partial(read_task, proc=proc))
+    try:
+        eventually(asking, Unknown.DENIED, 1)
+        status.write_text("PPid:\t3\n")
+        assert eventually(asking, None, 2).asked.parent_pid == 3
+    finally:
+        asking.close()
+
+
 def test_mounts(tmp_path: Path) -> None:
     """The unified hierarchy is found wherever it is mounted as a whole."""
     (tmp_path / "self").mkdir()
     info = tmp_path / "self/mountinfo"
     assert unified_mount(str(tmp_path)) is None
-    info.write_text(
-        "30 24 0:26 / /sys/fs/cgroup ro - tmpfs tmpfs ro\n"
-        "31 30 0:27 /part /mnt rw shared:9 - cgroup2 cgroup2 rw\n"
-        "31 30 0:27 / /sys/fs/cgroup/a\\040b rw shared:9 - cgroup2 cgroup2 rw\n"
+    info.write_bytes(
+        b"30 24 0:26 / /sys/fs/cgroup ro - tmpfs tmpfs ro\n"
+        b"29 24 0:25 / /usb/a\x0cb\x85\xff rw - fuse x rw\n\n"
+        b"31 30 0:27 /part /mnt rw shared:9 - cgroup2 cgroup2 rw\n"
+        b"31 30 0:27 / /sys/fs/cgroup/a\\040b\xff rw shared:9 - cgroup2 cgroup2 rw\n"
     )
-    assert unified_mount(str(tmp_path)) == "/sys/fs/cgroup/a b"
+    assert unified_mount(str(tmp_path)) == "/sys/fs/cgroup/a b\udcff"
 
 
 def test_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

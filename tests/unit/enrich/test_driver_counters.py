@@ -40,6 +40,8 @@ NAMES = [
     ("gve", "rx_dropped_pkt[4]", Counter(4)),
     ("gve", "rx_posted_desc[4]", None),
     ("hinic", "rxq2_rx_buf_empty", Counter(2)),
+    ("mlx5, a page that is not used again", "rx0_cache_full", None),
+    ("ena, a ring that is not filled at once", "queue_3_rx_refil_partial", None),
     ("anything", "tx_queue_3_drops", None),
     ("anything", "collisions", None),
     ("anything", "", None),

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from stalld.enrich.cgroup import Place
 from stalld.enrich.identity import MAX_CMDLINE, Asked, Identity, command, identify, lacks
 from stalld.enrich.syscalls import ON_A_DESCRIPTOR, by_number, of_stack
-from stalld.records import PF_KTHREAD, Known, NamePath
+from stalld.records import NAME_LEN, PF_KTHREAD, Known, NamePath
 from tests.unit.make import task
 
 ALL = Known.ARGS | Known.CGROUP | Known.SYSCALL
 NONE = NamePath((), cut=False)
+LONG = b"c" * (NAME_LEN - 1)
+"""As long a name as a record has room for: of what was longer this is left."""
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,13 @@ def test_the_controller_s_hierarchy() -> None:
     assert (deep.path, deep.container_id) == (f"/…/docker/{'a' * 64}", "a" * 64)
 
 
+@pytest.mark.parametrize("cut", [NamePath((b"x", b"x"), cut=True), NamePath((LONG,), cut=False)])
+def test_a_cut_cgroup(cut: NamePath) -> None:
+    """/proc knows the whole path; where that says nothing the part is better than none."""
+    assert identify(task(cgroup=cut), ASKED, (), "kernel").place.container_id == "a" * 64
+    assert identify(task(cgroup=cut), Asked(), (), "kernel").place.path is not None
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -157,6 +166,10 @@ def test_the_controller_s_hierarchy() -> None:
         ({"known": Known.CGROUP, "task_flags": PF_KTHREAD}, False),
         ({"known": Known.ARGS}, True),
         ({"parent_pid": 0}, True),
+        ({"cgroup": NamePath((b"c", b"b"), cut=True)}, True),
+        ({"cgroup": NamePath((LONG,), cut=False)}, True),
+        ({"cgroup": NamePath((LONG[1:],), cut=False)}, False),
+        ({"controller": NamePath((LONG,), cut=False)}, True),
     ],
 )
 def test_lacks(changes: dict[str, Any], expected: bool) -> None:

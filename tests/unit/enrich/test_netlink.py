@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stalld.enrich.ethtool import Ethtool
-from stalld.enrich.netlink import LinkStats, changed_links, link_stats, messages, stats_of
+from stalld.enrich.netlink import LinkStats, link_stats, messages, stats_of
 
 HEADER = struct.Struct("=IHHII")
 
@@ -52,19 +52,11 @@ def test_other_attributes() -> None:
     assert stats_of(b"short") is None
 
 
-def test_news() -> None:
-    """Links that came, changed or went, whatever else is told."""
-    body = struct.pack("=BxHiII", 0, 1, 5, 0, 0)
-    data = message(16, body) + message(17, body.replace(b"\5", b"\6")) + message(24, body)
-    assert changed_links(data) == {5, 6}
-
-
 @given(st.binary(max_size=200))
 def test_any_bytes(data: bytes) -> None:
     """Nothing that arrives ends the daemon."""
     for _, body in messages(data):
         stats_of(body)
-    changed_links(data)
 
 
 def test_this_kernel() -> None:

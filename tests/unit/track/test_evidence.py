@@ -73,6 +73,10 @@ STUCK: dict[str, tuple[list[Observation], int]] = {
         [sample(1, 12), sample(2, 24, mode="user"), sample(3, 48, switches=1)],
         12,
     ),
+    "user mode between, and no switch at all": (
+        [sample(1, 12), sample(2, 24, mode="user"), sample(3, 32), sample(4, 40)],
+        16,
+    ),
     "an interrupt over the kernel is the task's time": (
         [sample(1, 12, mode="hardirq", below="kernel")],
         12,

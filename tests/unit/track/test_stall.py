@@ -20,6 +20,7 @@ from tests.unit.make import (
     MadeHost,
     close,
     sample,
+    task,
     tick,
     waiters,
     waits,
@@ -381,6 +382,19 @@ class TestLookback:
         assert resolved.lookback is not None
         ages = [(each.sample.time_ns - T0) // MS for each in resolved.lookback]
         assert ages == [-513, -512, -4]
+
+
+def test_the_task_of_a_stall_whose_end_was_lost() -> None:
+    """The next stall's task comes before its first record, which ends the stall that is open."""
+    given = tracker()
+    first, second = task(seq=1), task(seq=2, args=b"other\0")
+    given.take_task(first)
+    (ongoing,) = feed(given, sample(1, 12))
+    given.take_task(second)
+    resolved, following = feed(given, sample(1, 80, seq=2))
+    assert (ongoing.task, resolved.task, following.task) == (first, first, second)
+    given.take_task(task(seq=3))
+    assert given._tasks[0] == [second, task(seq=3)]
 
 
 def test_waiting_threads() -> None:
