@@ -21,46 +21,58 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
+from bench.bpf import BenchError
+from bench.command import ready
 from stalld.track.verdict import Verdict
 from tests.kernel.daemon import Daemon, Event
 
+ROOT = Path(__file__).parents[1]
 PHASES = 5
 _ROUNDED = 0.999
 """Times are told in thousandths of a millisecond."""
 
 
-def start(*command: str) -> subprocess.Popen[bytes]:
-    """A load in a session of its own, so that it can be ended with all its children."""
-    if shutil.which(command[0]) is None:
-        raise RuntimeError(f"{command[0]} is not installed: apt install rt-tests stress-ng")
+def start(tool: str, *command: str) -> subprocess.Popen[bytes]:
+    """A load in a session of its own, so that it can be ended with all its children.
+
+    Args:
+        tool: that it needs.
+    """
+    if shutil.which(tool) is None:
+        raise BenchError(f"{tool} is not installed: apt install rt-tests stress-ng")
     return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd=ROOT,
     )
 
 
 def hackbench() -> subprocess.Popen[bytes]:
     """400 tasks that write to each other."""
-    return start("sh", "-c", "while :; do hackbench -g 10 -l 1000; done")
+    return start("hackbench", "sh", "-c", "while hackbench -g 10 -l 1000; do :; done")
 
 
 def dd() -> subprocess.Popen[bytes]:
     """Writes to disk, and waits for it."""
     file = Path(tempfile.gettempdir(), f"soak-{os.getpid()}")
     write = f"dd if=/dev/zero of={file} bs=1M count=512 conv=fdatasync"
-    return start("sh", "-c", f"trap 'rm -f {file}; exit' TERM; while :; do {write}; done")
+    return start("dd", "sh", "-c", f"trap 'rm -f {file}; exit' TERM; while {write}; do :; done")
 
 
 def flood() -> subprocess.Popen[bytes]:
     """Datagrams over loopback from two tasks, received by nobody."""
-    return start(sys.executable, "-m", "bench.soak", "--flood")
+    return start(sys.executable, sys.executable, "-m", "bench.soak", "--flood")
 
 
 def stress() -> subprocess.Popen[bytes]:
     """Processors, memory, sockets, disk and timers."""
     kinds = "--cpu 2 --vm 1 --vm-bytes 256M --sock 2 --udp 2 --hdd 1 --timer 1 --mmap 1 --fork 2"
-    return start("stress-ng", *kinds.split(), "--temp-path", tempfile.gettempdir())
+    return start("stress-ng", "stress-ng", *kinds.split(), "--temp-path", tempfile.gettempdir())
 
 
 LOADS: dict[str, Callable[[], subprocess.Popen[bytes]]] = {
@@ -72,7 +84,9 @@ LOADS: dict[str, Callable[[], subprocess.Popen[bytes]]] = {
 
 
 def end(load: subprocess.Popen[bytes]) -> None:
-    """End a load with its children."""
+    """End a load with its children; may be called twice."""
+    if load.returncode is not None:
+        return
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(load.pid, number)
@@ -91,17 +105,27 @@ def send_datagrams() -> None:
 
 
 def run(seconds: float, threshold_ms: float) -> tuple[list[Event], list[tuple[float, str]]]:
-    """All events, and when (CLOCK_MONOTONIC, ns) which load began."""
+    """All events, and when (CLOCK_MONOTONIC, ns) which load began.
+
+    Raises:
+        BenchError: a load was missing or ended early, or the daemon did not last.
+    """
     marks: list[tuple[float, str]] = []
     with Daemon("--threshold-ms", str(threshold_ms)) as daemon:
         for names in [[name] for name in LOADS] + [list(LOADS)]:
             marks.append((time.monotonic_ns(), " + ".join(names)))
-            running = [LOADS[name]() for name in names]
-            try:
+            with ExitStack() as stack:
+                running = {}
+                for name in names:
+                    running[name] = LOADS[name]()
+                    stack.callback(end, running[name])
                 time.sleep(seconds / PHASES)
-            finally:
-                for load in running:
-                    end(load)
+                for name, load in running.items():
+                    if load.poll() is not None:
+                        raise BenchError(f"the load {name} ended early, status {load.returncode}")
+        status = daemon.stop()
+        if status or daemon.events[-1]["event"] != "stopped":
+            raise BenchError(f"the daemon ended with status {status}: {daemon.said}")
     return daemon.events, marks
 
 
@@ -118,17 +142,18 @@ def unsupported(event: Event, threshold_ms: float) -> str:
     if event["ksoftirqd"]:
         waited_ms.append(event["ksoftirqd"]["runnable_ms"])
     starved_ms = max(event["starved"].values(), default=0.0)
+    verdict = Verdict(event["verdict"])
     longest_ms = max([starved_ms, late_ms, served_ms, *waited_ms])
-    if longest_ms < threshold_ms and event["duration_ms"] < threshold_ms:
+    waited = max([starved_ms, *waited_ms]) >= threshold_ms * _ROUNDED
+    if longest_ms < threshold_ms * _ROUNDED and verdict is not Verdict.VCPU_PREEMPTED:
         return "nothing waited for the threshold"
     enough_ms = max(threshold_ms, event["duration_ms"] / 2) * _ROUNDED
-    verdict = Verdict(event["verdict"])
     proved = {
         Verdict.VCPU_PREEMPTED: stolen_ms >= enough_ms and blocker is None,
         Verdict.IRQS_DISABLED: late_ms - stolen_ms >= enough_ms,
         Verdict.SOFTIRQ_HOG: served_ms >= enough_ms,
         Verdict.SOFTIRQS_DISABLED: starved_ms >= threshold_ms * _ROUNDED and blocker is not None,
-        Verdict.STUCK_IN_KERNEL: blocker is not None and bool(event["stack"]["kernel"]),
+        Verdict.STUCK_IN_KERNEL: waited and blocker is not None and bool(event["stack"]["kernel"]),
         Verdict.CPU_CONTENTION: max(waited_ms, default=0.0) >= threshold_ms * _ROUNDED,
         Verdict.UNKNOWN: longest_ms >= threshold_ms * _ROUNDED,
     }
@@ -161,6 +186,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.flood:
         send_datagrams()
+    if not ready():
+        return 1
     events, marks = run(arguments.seconds, arguments.threshold_ms)
     if arguments.events:
         with arguments.events.open("w") as file:

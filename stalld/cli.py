@@ -20,20 +20,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 done, 1 cannot run, 2 bad usage.
+        0 done, 1 cannot run, 2 bad usage, 130 interrupted before anything began.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
         return int(arguments.command(arguments))
     except ConfigError as error:
-        print(*(f"softirq-stalld: {line}" for line in error.args), sep="\n", file=sys.stderr)
+        _complain(*error.args)
         return error.exit_code
     except StalldError as error:
-        print(f"softirq-stalld: {error}", file=sys.stderr)
+        _complain(error)
         return error.exit_code
     except KeyboardInterrupt:  # Before anything was there to be ended in order.
         return 130
+
+
+def _complain(*lines: object) -> None:
+    if sys.stderr is not None:  # It is closed: print() would take standard output instead.
+        print(*(f"softirq-stalld: {line}" for line in lines), sep="\n", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -152,7 +157,7 @@ def _min_ms(text: str) -> float:
 
 
 def _whole(text: str, most: int, what: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text[:9]) <= most):
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= most):
         raise argparse.ArgumentTypeError(f"{text!r} is not {what} from 0 to {most}")
     return int(text)
 

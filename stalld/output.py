@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 from structlog.typing import FilteringBoundLogger
@@ -47,12 +47,12 @@ class Output:
         context = Context(
             asyncio.get_running_loop(), self._take_trouble, self._gap_line, time.time_ns
         )
-        self.hub = Hub(context, stdout_fd=stdout_fd, style=style, hello=hello)
+        self.hub = Hub(context, stdout_fd=stdout_fd, style=style, hello=hello, lock=lock)
         self.emitter = Emitter(self.hub.publish, time.time_ns)
 
     async def apply(self, config: Config) -> None:
         """Have the sinks that the configuration names."""
-        await self.hub.apply(config.sinks, config.live)
+        self._tell_left(await self.hub.apply(config.sinks, config.live))
 
     def begin(self) -> None:
         """``started`` is written: now other events may be."""
@@ -68,12 +68,7 @@ class Output:
 
     async def close(self) -> None:
         """Deliver what waits, within a time; say what could not be."""
-        before = {stats.name: stats.dropped for stats in self.hub.stats()}
-        await self.hub.close()
-        for stats in self.hub.stats():
-            left = stats.dropped - before.get(stats.name, 0)
-            if left:
-                self._log.warning("events could not be delivered", sink=stats.name, events=left)
+        self._tell_left(await self.hub.close())
 
     def sinks(self) -> list[Event]:
         """What became of the events so far, for events and clients."""
@@ -89,6 +84,10 @@ class Output:
                 f"{stats.name} {stats.delivered}" + (f" ({', '.join(less)})" if less else "")
             )
         return ", ".join(told)
+
+    def _tell_left(self, left: Mapping[str, int]) -> None:
+        for name, events in left.items():
+            self._log.warning("events could not be delivered", sink=name, events=events)
 
     def _take_trouble(self, trouble: Trouble) -> None:
         if not self._begun:

@@ -63,6 +63,7 @@ class Service:
         self._log = log
         self._stopped = asyncio.Event()
         self._reload_asked = asyncio.Event()
+        self._reloading = asyncio.Lock()
         self._failure: BaseException | None = None
         self._misconfigured = False
         self._told_status_s = 0.0
@@ -150,6 +151,8 @@ class Service:
                 async with asyncio.timeout(self._settings.duration_s):
                     await self._stopped.wait()
             self._notifier.stopping("stopping: what is left is being delivered")
+            async with self._reloading:
+                pass  # One that is under way ends first; no other begins.
             self._detector.maps.stop()
             if self._failure is not None:
                 raise self._failure
@@ -219,9 +222,13 @@ class Service:
         while True:
             await self._reload_asked.wait()
             self._reload_asked.clear()
-            self._notifier.reloading()
-            await self._reload()
-            self._notifier.ready(self._status())
+            async with self._reloading:
+                if self._stopped.is_set():
+                    return
+                self._notifier.reloading()
+                await self._reload()
+                if not self._stopped.is_set():
+                    self._notifier.ready(self._status())
 
     async def _reload(self) -> None:
         """Take up what the configuration says now; what it has wrong changes nothing."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import time
-from collections.abc import Callable, Collection, Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Collection, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from structlog.typing import FilteringBoundLogger
@@ -153,19 +153,29 @@ class Upkeep:
                     self._detector.learn()
 
     def _look_at_cpus(self, suspects: Collection[int]) -> None:
-        changed = self.reading.refresh(suspects)
+        try:
+            changed = self.reading.refresh(suspects)
+        except StalldError as error:
+            # All others are read; these are tried again at the next look.
+            self._log.warning("not every CPU can be read", reason=str(error))
+            return
         if not any(changed):
             return
         self._log.info(
             "online CPUs changed", gained=sorted(changed.gained), lost=sorted(changed.lost)
         )
         cpus = self._reader.cpus
-        try:
-            with self._reader.lock:
-                if self._feed is not None:
-                    self._feed.refresh(cpus, suspects)
-            if self.sampler is not None:
+        if self._feed is not None:
+            with self._reader.lock, self._told():
+                self._feed.refresh(cpus, suspects)
+        if self.sampler is not None:
+            with self._told():
                 self.sampler.refresh(cpus, suspects)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
         except (KsymbolError, SamplerError) as error:
             self._log.warning("not everything follows these CPUs", reason=str(error))
 

@@ -7,6 +7,8 @@ import json
 import textwrap
 from dataclasses import asdict, dataclass
 
+from stalld.sinks.text import safe
+
 SCHEMA = "softirq-stalld-check/1"
 _COLUMNS = 110
 
@@ -116,15 +118,17 @@ def render(report: Report) -> str:
             lines += _wrapped(item.effect, f"{margin}means: ", f"{margin}       ")
         if item.remedy and item.state is not State.OK:
             lines += _wrapped(item.remedy, f"{margin}do:    ", f"{margin}       ")
-    return "\n".join([*lines, "", report.summary])
+    return "\n".join([*lines, "", safe(report.summary)])
 
 
 def _wrapped(text: str, first: str, rest: str) -> list[str]:
-    if "\n" in text:
+    # Names of devices, for one, are anybody's choice.
+    printable = [safe(line.expandtabs()) for line in text.split("\n")]
+    if len(printable) > 1:
         # What a compiler or the verifier said stays as it is.
-        return [f"{lead}{line}" for lead, line in _led(text.splitlines(), first, rest)]
+        return [f"{lead}{line}" for lead, line in _led(printable, first, rest)]
     return textwrap.wrap(
-        text,
+        printable[0],
         max(_COLUMNS, len(rest) + 40),
         initial_indent=first,
         subsequent_indent=rest,

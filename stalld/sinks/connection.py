@@ -225,6 +225,8 @@ class ConnectionSink(DescriptorSink):
             self._count_acknowledged()
         finally:
             self._io.release()
+        # Whoever came meanwhile with a line has left it to us.
+        self.flush()
 
     def _count_acknowledged(self) -> None:
         """With ``_io`` held."""

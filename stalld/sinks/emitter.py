@@ -11,6 +11,7 @@ import orjson
 import structlog
 
 from stalld import events
+from stalld.sinks.text import escaped
 
 LEVELS = ("debug", "info", "warning", "error")
 MAX_LINE_BYTES = 47 * 1024
@@ -94,6 +95,9 @@ def _dumps(event: Mapping[str, Any]) -> bytes:
     except orjson.JSONEncodeError:
         # A path, say, with bytes that are no UTF-8.
         line = orjson.dumps(_cut(event, sys.maxsize, sys.maxsize))
+    # orjson escapes what is below a space; terminals obey more than that.
+    if not line.isascii() or b"\x7f" in line:
+        line = escaped(line)
     # Not OPT_APPEND_NEWLINE: orjson's own object keeps its whole buffer, some 8 KiB, and lines
     # that wait are many.
     return line + b"\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager
 
 from stalld import config
 from stalld.events import Event
@@ -23,17 +24,26 @@ class Hub:
         stdout_fd: our standard output.
         style: how events are written there: ``json`` or ``text``.
         hello: what the live socket tells each client first.
+        lock: the one that is held while an event is published.
     """
 
     def __init__(
-        self, context: Context, *, stdout_fd: int, style: str, hello: Callable[[], Event]
+        self,
+        context: Context,
+        *,
+        stdout_fd: int,
+        style: str,
+        hello: Callable[[], Event],
+        lock: AbstractContextManager[object, None],
     ) -> None:
         self._context = context
+        self._lock = lock
         self._stdout_fd = stdout_fd
         self._style = style
         self._hello = hello
         self._sinks: dict[Hashable, Sink] = {}
-        # Replaced as a whole: another thread may be walking through it.
+        # Replaced as a whole, and under the lock: whoever walks through it has come to its end by
+        # then, so that no line goes to a sink that is being closed.
         self._all: tuple[Sink, ...] = ()
         self._past: dict[str, Stats] = {}
 
@@ -42,30 +52,36 @@ class Hub:
         for sink in self._all:
             sink.put(line, event)
 
-    async def apply(self, sinks: config.Sinks, live: config.Live) -> None:
+    async def apply(self, sinks: config.Sinks, live: config.Live) -> dict[str, int]:
         """Have these sinks. Those that are there already go on; files are opened again.
 
         No event is lost on the way: a new sink takes events from the start, and delivers them
         once that one is gone which may have its place.
+
+        Returns:
+            How many events those that are gone could not deliver, by name.
         """
         wanted = dict(self._wanted(sinks, live))
         gone = [self._sinks.pop(key) for key in list(self._sinks) if key not in wanted]
         kept = list(self._sinks.values())
         fresh = {key: make() for key, make in wanted.items() if key not in self._sinks}
         self._sinks |= fresh
-        self._all = tuple(self._sinks[key] for key in wanted)
+        with self._lock:
+            self._all = tuple(self._sinks[key] for key in wanted)
         for sink in kept:
             sink.reopen()
-        await self._close(gone)
+        left = await self._close(gone)
         for sink in fresh.values():
             sink.open()
+        return left
 
-    async def close(self) -> None:
-        """Deliver what waits, within a time, and let go."""
+    async def close(self) -> dict[str, int]:
+        """Deliver what waits, within a time, and let go; what could not be delivered, by name."""
         sinks = list(self._sinks.values())
         self._sinks.clear()
-        self._all = ()
-        await self._close(sinks)
+        with self._lock:
+            self._all = ()
+        return await self._close(sinks)
 
     @property
     def names(self) -> list[str]:
@@ -111,13 +127,19 @@ class Hub:
 
             yield live, lambda: LiveSink(live, context, self._hello)
 
-    async def _close(self, sinks: list[Sink]) -> None:
+    async def _close(self, sinks: list[Sink]) -> dict[str, int]:
         deadline = self._context.loop.time() + CLOSE_S
         # All at once: one that cannot deliver takes no time from the others.
         await asyncio.gather(*(sink.close(deadline) for sink in sinks))
+        left: dict[str, int] = {}
         for sink in sinks:
+            before = sink.stats().dropped
             sink.give_up()
-            _add(self._past, sink.stats())
+            stats = sink.stats()
+            _add(self._past, stats)
+            if stats.dropped > before:
+                left[stats.name] = left.get(stats.name, 0) + stats.dropped - before
+        return left
 
 
 def _add(found: dict[str, Stats], stats: Stats) -> None:

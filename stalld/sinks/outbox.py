@@ -185,7 +185,8 @@ class Outbox:
             return waiting + (self._gap.dropped if self._gap else 0)
 
     def _close_gap(self) -> None:
-        if self._gap is None or self._bytes > self._max_bytes // 2:
+        lines = len(self._lines) + len(self._kept)
+        if self._gap is None or self._bytes > self._max_bytes // 2 or lines > MAX_LINES // 2:
             return
         if self._tell_gap is not None:
             self._append(_Line(self._tell_gap(self._gap), counts=False))

@@ -14,6 +14,20 @@ def safe(value: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
+def escaped(line: bytes) -> bytes:
+    """JSON in which what terminals obey stands as JSON's own escapes: it means the same.
+
+    Only within strings can there be such characters.
+    """
+    text = line.decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else _units(c) for c in text).encode()
+
+
+def _units(character: str) -> str:
+    units = character.encode("utf-16-be")
+    return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
+
+
 def render(event: Mapping[str, Any]) -> str:
     """One event as one or more lines, without the last newline."""
     head = f"{event['timestamp']} {event['level']:<7} {event['event']}"

@@ -59,7 +59,9 @@ class Tls:
         try:
             with self._told():
                 self._check_name()
-                secured = self._context().wrap_socket(
+                # Reads files, which takes tens of milliseconds for a system's certificates.
+                context = await asyncio.to_thread(self._context)
+                secured = context.wrap_socket(
                     connection, server_hostname=self._name, do_handshake_on_connect=False
                 )
                 async with asyncio.timeout(CONNECT_S):

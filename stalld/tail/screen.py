@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from stalld.sinks.text import render, safe
+from stalld.sinks.text import escaped, render, safe
 from stalld.tail.view import Line, Span, clean, columns, event_lines, moment, paint, when
 
 REDRAW_S = 0.2
@@ -96,16 +96,8 @@ class JsonTerminalDisplay(Display):
     """Lines as they are, but for characters that JSON allows and terminals obey."""
 
     def show(self, line: bytes, event: dict[str, Any]) -> None:
-        """Such characters stand in strings, so they may stand as JSON's escapes too."""
-        text = line.decode("utf-8", "replace").rstrip("\n")
-        self._output.write("".join(map(_escaped, text)).encode() + b"\n")
-
-
-def _escaped(character: str) -> str:
-    if character.isprintable():
-        return character
-    units = character.encode("utf-16-be")
-    return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
+        """A service escapes them itself; whatever else answers at the socket may not."""
+        self._output.write(escaped(line.rstrip(b"\n")) + b"\n")
 
 
 class TextDisplay(Display):

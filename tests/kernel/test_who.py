@@ -232,7 +232,9 @@ def test_exit_in_mid_stall(unified: Tree, ping: Pressure) -> None:
 
         thread = threading.Thread(target=stall)
         thread.start()
-        first = daemon.wait_for(lambda e: e["event"] == "stall" and e["blocker"]["pid"] == pid)
+        first = daemon.wait_for(
+            lambda e: e["event"] == "stall" and (e["blocker"] or {}).get("pid") == pid
+        )
         assert first["phase"] == "ongoing"
         os.kill(pid, signal.SIGKILL)
         thread.join()

@@ -349,6 +349,16 @@ def test_what_is_missing_has_a_remedy() -> None:
         assert found[name].remedy
 
 
+@pytest.mark.parametrize("lines", ["one", "first\n\tsecond"])
+def test_nothing_controls_the_terminal(lines: str) -> None:
+    """Names of devices, say, are anybody's choice; they may be no Unicode either."""
+    hostile = f"{lines} \x1b[2J\x9b\u202e\udcff"
+    said = Item("a", State.MISSING, hostile, hostile, hostile, required=True)
+    shown = render(report(said))
+    assert all(line.isprintable() for line in shown.split("\n"))
+    assert "\\x1b[2J" in shown
+
+
 def test_the_look_back_is_an_item_of_its_own() -> None:
     """The second program on its hook is not told as a hook."""
     answer = description("kprobe")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -91,6 +92,8 @@ def run(kernel: Kernel, options: argparse.Namespace, results: Path) -> outcome.O
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 all good, 1 something failed, 2 bad usage."""
     options = _arguments(argv)
+    # Guests are ended on the way out.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         kernels = chosen(options.kernels)
         if options.suite in suites.BOOTED:

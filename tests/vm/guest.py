@@ -41,8 +41,10 @@ def main(arguments: list[str]) -> int:
     outcome: dict[str, Any] = {"release": platform.release(), "emulated": emulated}
     if suite not in suites.BOOTED:  # There the service starts at this very moment.
         outcome["check"], outcome["check_s"] = check(results)
-    for name, options in suites.SUITES[suite].items():
-        run_tests(results / f"{name}.xml", options)
+    outcome["statuses"] = {
+        name: run_tests(results / f"{name}.xml", options)
+        for name, options in suites.SUITES[suite].items()
+    }
     outcome["seconds"] = round(time.monotonic() - began, 1)
     messages = subprocess.run(["dmesg"], capture_output=True, check=False).stdout
     (results / "dmesg.log").write_bytes(messages)
@@ -80,9 +82,9 @@ def check(results: Path) -> tuple[dict[str, Any] | None, float]:
     return said, round(time.monotonic() - began, 1)
 
 
-def run_tests(report: Path, options: list[str]) -> None:
-    """One run of pytest; its report tells what became of each test."""
-    subprocess.run(
+def run_tests(report: Path, options: list[str]) -> int:
+    """One run of pytest, its exit status; its report tells what became of each test."""
+    return subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "--verbose", "-p", "no:cacheprovider"),
             *("--durations=0", f"--junit-xml={report}"),
@@ -96,7 +98,7 @@ def run_tests(report: Path, options: list[str]) -> None:
             "HYPOTHESIS_STORAGE_DIRECTORY": tempfile.gettempdir(),
         },
         check=False,
-    )
+    ).returncode
 
 
 if __name__ == "__main__":

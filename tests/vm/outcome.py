@@ -7,6 +7,9 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any, NamedTuple
 
+_FAILED = 1
+"""Exit status of pytest where tests failed; above that it was interrupted, or found none."""
+
 
 class Case(NamedTuple):
     """One test.
@@ -72,7 +75,14 @@ def read(name: str, results: Path, failed: str | None, wall_s: float) -> Outcome
     said: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if failed is None and not said:
         failed = f"nothing came back; see {results}/console.log and tests.log"
-    cases = [case for report in sorted(results.glob("*.xml")) for case in _cases(report)]
+    cases = []
+    try:
+        cases = [case for report in sorted(results.glob("*.xml")) for case in _cases(report)]
+    except ET.ParseError as error:
+        failed = failed or f"a report of pytest is not whole: {error}"
+    broken = {n: status for n, status in said.get("statuses", {}).items() if status > _FAILED}
+    if failed is None and broken:
+        failed = f"pytest did not run all tests, exit status by report: {broken}"
     return Outcome(
         name,
         said.get("release", ""),

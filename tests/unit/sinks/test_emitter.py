@@ -86,7 +86,7 @@ def test_host_name() -> None:
     [
         "\udcff",
         "\n\r\x1b[2J\x00\x7f",
-        "\u2028\u202e",
+        "\u2028\u202e\x9b2J",
         "x" * (4 << 20),
         ["y" * 100] * 5_000,
         "é" * 40_000,
@@ -99,9 +99,20 @@ def test_hostile_values(hostile: object) -> None:
     (line,) = taken.lines
     assert len(line) <= MAX_LINE_BYTES
     assert line.count(b"\n") == 1
-    assert b"\x1b" not in line
+    assert line.decode()[:-1].isprintable()
     told = json.loads(line)
     assert list(told) == ["timestamp", "level", "event", "schema", "host", "nested", "list"]
+
+
+def test_what_terminals_obey_is_escaped() -> None:
+    """Also what JSON allows as it is, without a change of what it means; letters stay."""
+    taken = Taken()
+    value = "\x9b2J\x7f\u202e\U000e0001é中"
+    taken.emitter.emit("stall", "info", {"comm": value})
+    (line,) = taken.lines
+    assert json.loads(line)["comm"] == value
+    assert "é中".encode() in line
+    assert b"\\u009b2J\\u007f\\u202e\\udb40\\udc01" in line
 
 
 def test_only_what_is_long_is_cut() -> None:

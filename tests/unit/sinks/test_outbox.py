@@ -133,6 +133,18 @@ def test_lines_are_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not outbox.put(b"\n")
 
 
+def test_gaps_are_lines_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where lines are too many, no more are queued to tell of those that are not."""
+    monkeypatch.setattr(module, "MAX_LINES", 2)
+    outbox = make(1000)
+    for _ in range(8):
+        outbox.put(b"\n")
+    assert outbox.chunk() == b"\n\n"
+    outbox.advance(1)
+    assert outbox.chunk() == b"\ngap 6 1-6\n"
+    assert counts(outbox) == (1, 1, 6)
+
+
 def test_skip() -> None:
     """A line that the other side never takes is dropped; room that it leaves closes a gap."""
     outbox = make(10)
