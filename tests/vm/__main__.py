@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcomes.append(done)
         print(report.summary(done), flush=True)
         if options.matrix:
-            options.matrix.write_text(report.matrix(outcomes))
+            options.matrix.write_text(report.matrix(outcomes, options.suite))
     print(f"what the runs left: {directory}")
     passed, failed, skipped = (
         sum(done.count(result) for done in outcomes) for result in ("passed", "failed", "skipped")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
+from stalld import __version__
 from tests.vm.kernels import supported
 from tests.vm.outcome import Case, Outcome
 
 _KINDS = "tests.vm.guest_tests."
-_LONGEST_REASON = 120
+_LONGEST_REASON, _HEAD_LINES = 120, 2
 _HEAD = """\
 # Support matrix
 
@@ -39,13 +41,17 @@ def summary(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def matrix(outcomes: Sequence[Outcome]) -> str:
-    """The whole document."""
+def matrix(outcomes: Sequence[Outcome], suite: str) -> str:
+    """The whole document, of a run of this suite, today."""
     order = [kernel.name for kernel in supported()]
     outcomes = sorted(outcomes, key=lambda outcome: order.index(outcome.name))
+    others = _tests(outcomes, kinds=False)
     return "\n".join(
         [
             _HEAD,
+            f"This run was of the suite `{suite}`, softirq-stalld {__version__}, "
+            f"{datetime.now(UTC):%Y-%m-%d}.",
+            "",
             *_kernels(outcomes),
             "",
             "## Abilities, as `softirq-stalld check` found them",
@@ -56,9 +62,7 @@ def matrix(outcomes: Sequence[Outcome]) -> str:
             "",
             *_tests(outcomes, kinds=True),
             "",
-            "## Other tests",
-            "",
-            *_tests(outcomes, kinds=False),
+            *(["## Other tests", "", *others] if len(others) > _HEAD_LINES else []),
             *_remarks(outcomes),
             "",
         ]

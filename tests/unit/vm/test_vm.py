@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def test_outcome(tmp_path: Path) -> None:
     assert [case.result for case in done.cases] == ["passed", "failed", "skipped"]
     assert done.cases[1].reason == "assert 1 == 2"
     assert not done.good
-    text = report.matrix([done])
+    text = report.matrix([done], "short")
     assert "| steal clock | degraded |" in text
     assert "| `test_each_kind::test_softirq_hog` | passed |" in text
     assert "| `tests.kernel.test_check::test_table` | failed |" in text
@@ -93,6 +94,32 @@ def test_outcome(tmp_path: Path) -> None:
     assert "steal clock: none; less is told" in text
     good = done._replace(cases=[case for case in done.cases if case.result != "failed"])
     assert good.good
+
+
+@pytest.mark.parametrize(
+    ("kinds", "others", "said"),
+    [
+        (0, 4, "did not run all tests"),
+        (0, 2, "did not run all tests"),
+        (-9, 1, "did not run all tests"),
+        (1, 1, None),
+    ],
+)
+def test_a_run_that_did_not_happen(
+    tmp_path: Path, kinds: int, others: int, said: str | None
+) -> None:
+    """What pytest did not find, or did not end, makes a kernel not good, whatever else passed."""
+    statuses = {"kinds": kinds, "abilities": others}
+    (tmp_path / "outcome.json").write_text(json.dumps({"statuses": statuses}))
+    failed = outcome.read("6.1", tmp_path, None, 1.0).failed
+    assert (failed is None) if said is None else (said in (failed or ""))
+
+
+def test_half_a_report(tmp_path: Path) -> None:
+    """A guest may have ended while pytest wrote."""
+    (tmp_path / "outcome.json").write_text('{"release": "6.1"}')
+    (tmp_path / "kinds.xml").write_text(REPORT[: len(REPORT) // 2])
+    assert "not whole" in (outcome.read("6.1", tmp_path, None, 1.0).failed or "")
 
 
 def waited(
