@@ -80,9 +80,8 @@ def read(name: str, results: Path, failed: str | None, wall_s: float) -> Outcome
         cases = [case for report in sorted(results.glob("*.xml")) for case in _cases(report)]
     except ET.ParseError as error:
         failed = failed or f"a report of pytest is not whole: {error}"
-    broken = {
-        n: status for n, status in said.get("statuses", {}).items() if not 0 <= status <= _FAILED
-    }
+    statuses: dict[str, int] = said.get("statuses", {})
+    broken = {name: status for name, status in statuses.items() if not 0 <= status <= _FAILED}
     if failed is None and broken:
         failed = f"pytest did not run all tests, exit status by report: {broken}"
     return Outcome(
