@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from stalld import config
 from stalld.sinks import connection
@@ -219,6 +221,24 @@ def test_unknown_name() -> None:
     with running("no-such-host.invalid:6000") as sink:
         reason = sink.wait_for_trouble()
         assert reason.startswith("no-such-host.invalid:6000: the name cannot be resolved: ")
+
+
+def test_dns_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it: neither the sink nor, at the end, the loop."""
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait(20))
+    monkeypatch.setattr(connection, "CONNECT_S", 0.1)
+
+    async def dial() -> None:
+        with pytest.raises(connection.LostError, match="resolved: does DNS answer"):
+            await connection.dial_tcp("example.invalid", 1, "example.invalid:1")
+
+    began = time.monotonic()
+    try:
+        uvloop.run(dial())
+        assert time.monotonic() - began < 5
+    finally:
+        answered.set()
 
 
 def test_flapping_peer() -> None:
