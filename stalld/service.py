@@ -22,6 +22,7 @@ from stalld.detector import Detector, clocks_ns
 from stalld.enrich.kallsyms import Kallsyms
 from stalld.enrich.ksymbols import KsymbolError, KsymbolFeed
 from stalld.errors import ConfigError, DecodeError, ProbeError, StalldError
+from stalld.memory import one_arena, return_memory
 from stalld.netwatch import NetWatch
 from stalld.notify import Notifier
 from stalld.output import Output
@@ -29,7 +30,7 @@ from stalld.perf import NMI_HZ, NmiSampler, SamplerError
 from stalld.probe.client import ProbeChild, Probes
 from stalld.probe.protocol import NMI_SAMPLER, NO_NMI
 from stalld.reader import PerfReader, online_cpus
-from stalld.upkeep import Upkeep, load_kallsyms, return_memory
+from stalld.upkeep import Upkeep, load_kallsyms
 
 ERRORS_LOGGED = 20
 """Of a bad configuration file; `check --config` tells all."""
@@ -77,6 +78,7 @@ class Service:
         Raises:
             StalldError: it cannot start or go on; the message says why.
         """
+        one_arena()
         self._notifier = Notifier.from_environment(os.environ, os.getpid())
         self._listen_to_signals()
         with self._resources:

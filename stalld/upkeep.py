@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from stalld.detector import Detector
 from stalld.enrich.kallsyms import Kallsyms
 from stalld.enrich.ksymbols import KsymbolError, KsymbolFeed
 from stalld.errors import StalldError
+from stalld.memory import return_memory
 from stalld.perf import NmiSampler, SamplerError
 from stalld.reader import PerfReader
 from stalld.reading import Reading
@@ -182,13 +182,6 @@ class Upkeep:
 
 def _is_over(task: asyncio.Task[None] | None) -> bool:
     return task is None or task.done()
-
-
-def return_memory() -> None:
-    """Hand what reading the symbols left free back to the kernel, where libc can."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def load_kallsyms() -> Kallsyms:
