@@ -23,7 +23,7 @@ _RELOAD_MARGIN_NS = 100_000_000
 _MAX_RANGES = 16384
 _MAX_REMOVED = 1024
 _MAX_ASKED = 1024
-_MAX_FRAMES = 4096
+_MAX_FRAMES = 2048
 
 
 class Feed(Protocol):
@@ -56,7 +56,7 @@ class SymbolTable:
     have taken its place; the caller limits how often it reloads.
     """
 
-    def __init__(self, base: Kallsyms, feed: Feed | None = None, max_stacks: int = 512) -> None:
+    def __init__(self, base: Kallsyms, feed: Feed | None = None, max_stacks: int = 256) -> None:
         self._base = base
         self._feed = feed
         self._max_stacks = max_stacks

@@ -94,7 +94,7 @@ def by_number(number: int) -> str:
     return _X86_64.get(number & ~_X32_BIT, f"syscall_{number}")
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def of_stack(frames: tuple[str, ...]) -> str | None:
     """The name of the system call that a kernel stack is in; None: it names none.
 

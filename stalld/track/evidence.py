@@ -296,7 +296,7 @@ def net_of(stall: Stall, near_ns: int, counts: Container[str]) -> Net:
     )
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def path(frames: tuple[str, ...]) -> tuple[str, ...]:
     """A stack without offsets: samples of one loop count as one."""
     return tuple(sys.intern(frame.partition("+0x")[0]) for frame in frames)

@@ -66,7 +66,7 @@ class _Key(NamedTuple):
     names: tuple[str, ...]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Minute:
     """What was shown of one key in its minute, and the sum of what was not."""
 

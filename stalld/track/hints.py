@@ -64,7 +64,7 @@ def _reads_memcg_stat(update: Update) -> bool:
     return update.captured != "none" and _sums_up(update.kernel_stack or ())
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _sums_up(frames: tuple[str, ...]) -> bool:
     return any(name.partition(".")[0] in _MEMCG_STAT for name in path(frames))
 
