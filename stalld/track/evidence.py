@@ -67,7 +67,8 @@ def weigh(
         waited=max(waits) >= threshold_ns,
         ksoftirqd_runnable=stall.ksoftirqd_wait_ns > 0,
         serves_inline=serves_inline,
-        stuck=longest_in_kernel_ns(during, closing, stall.user_ticks_ns())
+        # While the hypervisor had the CPU nobody was anywhere, wherever in the stall that was.
+        stuck=longest_in_kernel_ns(during, closing, stall.user_ticks_ns()) - stolen_ns
         >= max(threshold_ns, stall.duration_ns / STUCK_PART),
         user=any(o.task_mode == "user" for o in (*stall.observations, *gave_way)),
         others=stall.switches > 0 or len({o.record.tid for o in during}) > 1,

@@ -171,6 +171,13 @@ class TestWeigh:
         found = weighed(late, before=[tick(-2, steal_ns=1)])
         assert (found.stolen, found.late) == (stolen, is_late)
 
+    @pytest.mark.parametrize(("stolen_ms", "stuck"), [(0, True), (20, True), (21, False)])
+    def test_stuck_without_what_was_stolen(self, stolen_ms: int, stuck: bool) -> None:
+        """A task that lost its CPU to the hypervisor was not in the kernel meanwhile."""
+        seen = sample(1, 30, switches=4, switched_ns=T0, steal_ns=1 + stolen_ms * MS)
+        end = close(1, 30, switches=9, steal_ns=1 + stolen_ms * MS)
+        assert weighed(seen, end, before=[tick(-2, steal_ns=1)]).stuck is stuck
+
     @pytest.mark.parametrize(
         ("served_ms", "at_ms", "long"), [(10, 20, True), (10, 21, False), (9, 10, False)]
     )
