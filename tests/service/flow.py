@@ -127,12 +127,14 @@ class Flow:
                 signals[name](signal.SIGCONT)
 
     def latencies_ms(self, since_line: int) -> list[float]:
-        """Of the lines on standard output from that one on."""
+        """Of the whole lines on standard output from that one on: another may be on its way."""
         with (self._work / "stdout").open("rb") as lines:
             return [
                 latency
                 for number, line in enumerate(lines)
-                if number >= since_line and (latency := _latency_ms(line)) is not None
+                if number >= since_line
+                and line.endswith(b"\n")
+                and (latency := _latency_ms(line)) is not None
             ]
 
     def lines(self) -> int:
