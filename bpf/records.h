@@ -130,7 +130,8 @@ enum task_path {
 
 /*
  * Who a task is, once per stall and task, before its first record (but an NMI's,
- * which goes without). Of each path the names follow each other in names, innermost first, each with its NUL.
+ * which goes without). Of each path the names follow each other in names,
+ * innermost first, each with its NUL.
  */
 struct task_record {
 	u32 type;

@@ -156,14 +156,14 @@ class Upkeep:
         try:
             changed = self.reading.refresh(suspects)
         except StalldError as error:
-            # All others are read; these are tried again at the next look.
+            # These are tried again at the next look; all others are read, and followed below.
             self._log.warning("not every CPU can be read", reason=str(error))
-            return
-        if not any(changed):
-            return
-        self._log.info(
-            "online CPUs changed", gained=sorted(changed.gained), lost=sorted(changed.lost)
-        )
+        else:
+            if not any(changed):
+                return
+            self._log.info(
+                "online CPUs changed", gained=sorted(changed.gained), lost=sorted(changed.lost)
+            )
         cpus = self._reader.cpus
         if self._feed is not None:
             with self._reader.lock, self._told():

@@ -162,6 +162,7 @@ class TestTicks:
         at = make.place(rings, 0)
         rings._samples[at : at + 8] = bytes(8)
         assert ages(rings.ticks(0)) == cpu.half_written()
+        assert ages(rings.recent(0, T0)) == cpu.half_written()
 
 
 class TestRecent:
@@ -197,16 +198,6 @@ class TestRecent:
         for other in range(3 * MAX_COPIES):
             rings.recent(other, T0)
         assert len(rings._recent) == MAX_COPIES
-
-    @pytest.mark.parametrize("count", [3, LOOKBACK_SAMPLES, 100])
-    def test_one_that_is_being_written(self, count: int) -> None:
-        """A tick whose time is 0 is left out, the others stay."""
-        rings = made()
-        cpu = Cpu(rings)
-        cpu.run(count)
-        at = make.place(rings, 0)
-        rings._samples[at : at + 8] = bytes(8)
-        assert ages(rings.recent(0, T0)) == cpu.half_written()
 
     @given(st.integers(1, 200), st.integers(0, 40), st.integers(0, 300), st.integers(0, 70))
     def test_no_tick_is_torn(self, count: int, inside: int, pause: int, more: int) -> None:
