@@ -61,10 +61,10 @@ need_root = $(if $(filter 0,$(shell id -u)),,$(error `make $(1)` loads BPF progr
 	and needs root: run it with sudo or in a root shell))
 
 .PHONY: help setup run test test-vm support-matrix check demo install uninstall clean
-.PHONY: bench bench-fidelity bench-soak bench-memory
+.PHONY: bench bench-long bench-fidelity bench-soak
 .PHONY: packages test-packages vm-packages bench-packages
 .PHONY: root-run root-test root-test-vm root-support-matrix root-demo
-.PHONY: root-bench root-bench-fidelity root-bench-soak root-bench-memory
+.PHONY: root-bench root-bench-long root-bench-fidelity root-bench-soak
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
@@ -101,8 +101,8 @@ bench-fidelity: root-bench-fidelity setup test-packages .venv/.dev ## 1,000 inje
 bench-soak: root-bench-soak setup bench-packages .venv/.dev ## an hour of real load, nothing injected: any false stall?
 	@exec $(BIN)/python -m bench.soak --seconds 3600 --threshold-ms 10 $(ARGS)
 
-bench-memory: root-bench-memory setup test-packages .venv/.dev ## an hour's storm: how large does it get?
-	@exec $(BIN)/python -m bench.memory --seconds 3600 $(ARGS)
+bench-long: root-bench-long setup bench-packages .venv/.dev ## the long runs that some goals are about, hours (ARGS=memory)
+	@exec $(BIN)/python -m bench --long $(ARGS)
 
 # The program is a directory of its own beside the distribution's packages, which it sees: bcc is
 # one of them. No virtual environment: that would know where it was made, and DESTDIR is not it.
@@ -146,7 +146,7 @@ PY_DIRS = $(shell for d in stalld tests bench; do \
 C_FILES = $(wildcard bpf/*.[ch] tests/injector/*.[ch] tests/vm/module/*.c)
 
 root-run root-test root-test-vm root-support-matrix root-demo \
-root-bench root-bench-fidelity root-bench-soak root-bench-memory: root-%:
+root-bench root-bench-long root-bench-fidelity root-bench-soak: root-%:
 	$(call need_root,$*)@:
 
 packages:

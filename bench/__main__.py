@@ -1,9 +1,11 @@
 """The whole table: every figure, ours, the reference, the goal; writes bench/RESULTS.md.
 
     python -m bench [--only MODULE ...] [--results FILE]
+    python -m bench --long [RUN ...]
 
 ``make bench`` runs it. Some ten minutes on a machine that does nothing else. A part of the modules
-is written nowhere unless ``--results`` names a file.
+is written nowhere unless ``--results`` names a file. The long runs, which some of the goals are
+about, take an hour each; each has its own file, bench/RESULTS-RUN.md.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +51,11 @@ MODULES: Mapping[str, Callable[[], Sequence[Row]]] = {
     "security": security.measure,
     "found": found.measure,
 }
+LONG: Mapping[str, Callable[[], Sequence[Row]]] = {
+    "memory": partial(memory.measure, memory.HOUR_S),
+    "fidelity": found.fidelity,
+    "soak": found.soaked,
+}
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
@@ -60,11 +68,11 @@ class Part(NamedTuple):
     failed: bool = False
 
 
-def part(name: str) -> Part:
-    """Run one module; what cannot be measured is a row too."""
+def part(name: str, measure: Callable[[], Sequence[Row]]) -> Part:
+    """Run one; what cannot be measured is a row too."""
     began, failed = time.monotonic(), False
     try:
-        rows = MODULES[name]()
+        rows = measure()
     except Exception as error:  # noqa: BLE001 - the others' figures must not be lost for it
         if not isinstance(error, FAILURES):
             traceback.print_exc()
@@ -74,8 +82,8 @@ def part(name: str) -> Part:
     return Part(name, rows, time.monotonic() - began, failed)
 
 
-def text(parts: Sequence[Part], machine: Sequence[str]) -> str:
-    """The file."""
+def text(parts: Sequence[Part], machine: Sequence[str], command: str) -> str:
+    """The file, and which command writes it."""
     rows = [row for one in parts for row in one.rows]
     reached = sum(row.reached is True for row in rows)
     unknown = sum(bool(row.goal) and row.reached is None for row in rows)
@@ -84,7 +92,7 @@ def text(parts: Sequence[Part], machine: Sequence[str]) -> str:
     lines = [
         "# Results",
         "",
-        "Written by `make bench`, no figure by hand; [README.md](README.md) tells how they are "
+        f"Written by `{command}`, no figure by hand; [README.md](README.md) tells how they are "
         "measured. In brackets stand the quartiles of the rounds.",
         "",
         *(f"- {fact}" for fact in machine),
@@ -93,7 +101,7 @@ def text(parts: Sequence[Part], machine: Sequence[str]) -> str:
         + (f"; {failed} modules failed, with all their goals" if failed else ""),
     ]
     for one in parts:
-        lines += ["", f"## python -m bench.{one.name}", "", table(one.rows)]
+        lines += ["", f"## {one.name}", "", table(one.rows)]
     lines += ["", f"It took {took}.", ""]
     return "\n".join(lines)
 
@@ -103,19 +111,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", choices=MODULES, default=list(MODULES))
     parser.add_argument("--results", type=Path, help="default: bench/RESULTS.md, of all modules")
+    parser.add_argument("--long", nargs="*", choices=LONG, help="these long runs; all without")
     options = parser.parse_args()
     if not ready():
         return 1
+    if options.long is not None:
+        runs = options.long or list(LONG)
+        results = {name: RESULTS.with_name(f"RESULTS-{name}.md") for name in runs}
+        return max(run({name: LONG[name]}, results[name], "make bench-long") for name in runs)
     whole = set(options.only) == set(MODULES)
-    results = options.results or (RESULTS if whole else None)
+    return run(
+        {name: MODULES[name] for name in options.only},
+        options.results or (RESULTS if whole else None),
+        "make bench",
+    )
+
+
+def run(
+    modules: Mapping[str, Callable[[], Sequence[Row]]], results: Path | None, command: str
+) -> int:
+    """Measure, print, write; 1 where a module failed."""
     machine, stolen_s, parts = describe(), steal_s(), []
-    for name in options.only:
-        print(f"bench.{name} …", file=sys.stderr, flush=True)
-        parts.append(part(name))
+    for name, measure in modules.items():
+        print(f"{name} …", file=sys.stderr, flush=True)
+        parts.append(part(name, measure))
         print(table(parts[-1].rows), flush=True)
     machine.append(f"the hypervisor took {steal_s() - stolen_s:.1f} s of CPU time meanwhile")
     if results is not None:
-        results.write_text(text(parts, machine))
+        results.write_text(text(parts, machine, command))
         print(f"written to {results}", file=sys.stderr)
     return 1 if any(one.failed for one in parts) else 0
 

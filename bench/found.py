@@ -2,8 +2,8 @@
 
     python -m bench.found [--stalls N] [--soak S] [--seed N]
 
-`make bench-fidelity` and `make bench-soak` are the long runs, which the goals mean; each row says
-how much this one rests on. Some of the goals want more certainty than a short run can give.
+Each row says how much it rests on. The goals are about 1,000 stalls and an hour, so this run can
+only show that one is missed; `make bench-long` has both runs in their full length.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from bench.fidelity.metrics import Share, Spread
 from bench.fidelity.report import Report, report
 from bench.fidelity.run import RunError
 from bench.fidelity.run import measure as inject
-from bench.row import Figure, Goal, Row, plain, row, unmeasured
+from bench.row import Figure, Goal, Row, plain, refuted_only, row, unmeasured
 from bench.soak import false_stalls
 from bench.soak import run as soak
 from tests.kernel.daemon import THRESHOLD_MS
 
 STALLS, SOAK_S, SEED = 60, 60.0, 1
+ALL_STALLS, HOUR_S = 1000, 3600.0
+"""That the goals are about."""
 RECALL = Goal(100, "%", at_least=True)
 NEARLY_ALL = Goal(99, "%", at_least=True)
 MEDIAN_ERROR = Goal(1, "ms")
@@ -31,7 +33,23 @@ NO_FALSE_STALLS = Goal(0, "stalls")
 
 def measure(stalls: int = STALLS, soak_s: float = SOAK_S, seed: int = SEED) -> list[Row]:
     """Both."""
-    return [*_fidelity(stalls, seed), *_soak(soak_s)]
+    return [*fidelity(stalls, seed), *soaked(soak_s)]
+
+
+def fidelity(stalls: int = ALL_STALLS, seed: int = SEED) -> list[Row]:
+    """Are injected stalls found, and told rightly?"""
+    rows = _fidelity(stalls, seed)
+    if stalls >= ALL_STALLS:
+        return list(rows)
+    return [refuted_only(one, "of 1,000 in RESULTS-fidelity.md") for one in rows]
+
+
+def soaked(seconds: float = HOUR_S) -> list[Row]:
+    """Is anything told under real load that no evidence supports?"""
+    rows = _soak(seconds)
+    if seconds >= HOUR_S:
+        return list(rows)
+    return [refuted_only(one, "of an hour in RESULTS-soak.md") for one in rows]
 
 
 def _fidelity(stalls: int, seed: int) -> Iterator[Row]:

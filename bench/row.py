@@ -95,6 +95,12 @@ def row(
     )
 
 
+def refuted_only(judged: Row, why: str) -> Row:
+    """Of a run too short for its goal, which can only show that it is missed."""
+    notes = "; ".join(filter(None, (judged.why, why if judged.goal else "")))
+    return judged._replace(reached=None if judged.reached else judged.reached, why=notes)
+
+
 def unmeasured(name: str, why: str, goal: Goal | None = None) -> Row:
     """What could not be measured here."""
     return Row(name, "", "", "", str(goal) if goal else "", None, why)

@@ -88,7 +88,8 @@ class LocalHost:
         if sample.kind is TickKind.USER:
             return Tick(sample, "user", ())
         mode = "softirq" if sample.serving else "kernel" if sample.tid else "idle"
-        return Tick(sample, mode, tuple(map(self._symbols.format, sample.stack)))
+        frames = [self._symbols.format(address) for address in sample.stack]
+        return Tick(sample, mode, tuple(frames))
 
 
 def is_virtual(proc: str = "/proc", sys: str = "/sys") -> bool:

@@ -91,7 +91,7 @@ class Ticks(Sequence[TickSample]):
     def __getitem__(self, index: slice) -> tuple[TickSample, ...]: ...
     def __getitem__(self, index: int | slice) -> TickSample | tuple[TickSample, ...]:
         if isinstance(index, slice):
-            return tuple(map(self._decode, self._times_ns[index]))
+            return tuple([self._decode(time_ns) for time_ns in self._times_ns[index]])
         return self._decode(self._times_ns[index])
 
     def __iter__(self) -> Iterator[TickSample]:

@@ -151,7 +151,7 @@ class SymbolTable:
             frame = self._frame(address, own=not frames, exact=exact)
             frames.append(frame)
             exact = is_entry(frame.text)
-        texts = tuple(frame.text for frame in frames)
+        texts = tuple([frame.text for frame in frames])
         # The innermost frame is the program that took the stack. It outlives the table, and it
         # is in nearly every stack: it must not make them all be looked at twice.
         volatile = not all(frame.core for frame in frames[1:])

@@ -231,7 +231,7 @@ def culprit_of(stall: Stall, verdict: Verdict, explain: Callable[[TickSample], T
     if not (main.record.kernel_stack or main.frames):
         captured = "none"
     # The walker may end on a null frame pointer.
-    user_stack = tuple(address for address in main.record.user_stack if address)
+    user_stack = tuple([address for address in main.record.user_stack if address])
     return Culprit(blocker, main.frames, user_stack, captured, main)
 
 
@@ -300,4 +300,4 @@ def net_of(stall: Stall, near_ns: int, counts: Container[str]) -> Net:
 @lru_cache(maxsize=256)
 def path(frames: tuple[str, ...]) -> tuple[str, ...]:
     """A stack without offsets: samples of one loop count as one."""
-    return tuple(sys.intern(frame.partition("+0x")[0]) for frame in frames)
+    return tuple([sys.intern(frame.partition("+0x")[0]) for frame in frames])

@@ -39,7 +39,8 @@ class Lookback(Sequence[Tick]):
         ticks = self._look()
         end = bisect_right(ticks, self.started_ns, key=time_ns)
         first = bisect_left(ticks, self.started_ns - self._reach_ns, hi=end, key=time_ns)
-        return tuple(map(self._explain, ticks[max(first, end - LOOKBACK_SAMPLES) : end]))
+        first = max(first, end - LOOKBACK_SAMPLES)
+        return tuple([self._explain(tick) for tick in ticks[first:end]])
 
     def __len__(self) -> int:
         return len(self._ticks)
