@@ -28,7 +28,8 @@ RELOAD_EVERY_S = 5.0
 COUNTED_AFTER_NS = 1_100_000_000
 """The kernel limits stalls by the second: what it kept back is counted by then."""
 HOTPLUG_LOOKS_S = (0.05, 0.2, 0.5, 1.0, 3.0)
-"""When to look again, each after the one before: the kernel tells of the first step only."""
+"""When to look again, each after the one before: the kernel tells of the first step only. All
+anew when it tells of another."""
 
 
 class Upkeep:
@@ -60,6 +61,7 @@ class Upkeep:
         self._fail = fail
         self._on_report = on_report
         self._news = asyncio.Event()
+        self._replugged = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._reloading: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
@@ -91,8 +93,10 @@ class Upkeep:
         self._news.set()
         if self._detector.symbols.needs_reload and _is_over(self._reloading):
             self._reloading = self.keep(self._reload())
-        if self.hotplugged and _is_over(self._settling):
-            self._settling = self.keep(self._follow_hotplug())
+        if self.hotplugged:
+            self._replugged.set()
+            if _is_over(self._settling):
+                self._settling = self.keep(self._follow_hotplug())
 
     async def _report(self) -> None:
         """After news, as long as a stall is open, and when sums are due."""
@@ -142,15 +146,21 @@ class Upkeep:
 
     async def _follow_hotplug(self) -> None:
         """CPUs go down or come up: read those that are there as soon as they are."""
-        while self.hotplugged:
-            suspects: set[int] = set()
-            for pause in HOTPLUG_LOOKS_S:
+        suspects: set[int] = set()
+        pauses: list[float] = []
+        while self.hotplugged or pauses:
+            if self.hotplugged:
                 suspects |= self.hotplugged
                 self.hotplugged.clear()
-                await asyncio.sleep(pause)
-                self._look_at_cpus(suspects)
-                with self._reader.lock:
-                    self._detector.learn()
+                pauses = list(HOTPLUG_LOOKS_S)
+            self._replugged.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pauses.pop(0)):
+                    await self._replugged.wait()
+                continue
+            self._look_at_cpus(suspects)
+            with self._reader.lock:
+                self._detector.learn()
 
     def _look_at_cpus(self, suspects: Collection[int]) -> None:
         try:

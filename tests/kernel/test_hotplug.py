@@ -83,6 +83,18 @@ def test_off_and_on(set_online: SetOnline) -> None:
     assert daemon.events[-1]["records_lost"] == 0
 
 
+def test_off_and_on_twice_in_a_second(set_online: SetOnline) -> None:
+    """The second time is noticed as soon as the first one, whose looks go on."""
+    with Daemon() as daemon:
+        for _ in range(2):
+            set_online(False)
+            time.sleep(0.3)
+            set_online(True)
+            time.sleep(0.4)
+        check_stalls(daemon)
+    assert daemon.events[-1]["records_lost"] == 0
+
+
 def test_online_after_start(set_online: SetOnline) -> None:
     """A CPU that was offline when the daemon started is watched once it is there."""
     set_online(False)
