@@ -180,18 +180,11 @@ def _each_us(daemon: Piped, source: RecordSource, rate: int) -> float:
 def readers() -> Iterator[Row]:
     """CPU time of the daemon for a line, with and without readers of live events, in turn."""
     alone, tailed = [], []
-    with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
-        socket = Path(work, "live.sock")
-        base = (
-            "storm.stalls_per_second = 1000\nstorm.identical_per_minute = 10000\n"
-            f"[live]\nsocket = '{socket}'\ngroup = ''\n"
-        )
-        daemon = stack.enter_context(Daemon(base=base))
-        source = stack.enter_context(RecordSource(daemon.pid, CPU))
+    with Daemon() as daemon, RecordSource(daemon.pid, CPU) as source:
         for number in range(ROUNDS):
             for with_tails in (number % 2 == 1, number % 2 == 0):
                 if with_tails:
-                    with _tails(socket):
+                    with _tails(daemon.socket):
                         tailed.append(_each_us(daemon, source, TAILED_RATE))
                 else:
                     alone.append(_each_us(daemon, source, TAILED_RATE))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from bench.bpf import BenchError
 from bench.command import run
 from bench.processes import Daemon, Piped, bcc_tool, memory_mib, runqslower
-from bench.row import Figure, Goal, Row, plain, ratio, refuted_only, row, unmeasured
+from bench.row import Figure, Goal, Row, ratio, refuted_only, row, unmeasured
 from tests.injector.records import RecordSource
 from tests.kernel.daemon import STALLED_CPU as CPU
 
@@ -26,8 +26,9 @@ SECONDS, PER_SECOND = 30.0, 1000
 STEPS, PIECE_S, SETTLE_S = 6, 5.0, 1.0
 HOUR_S = 3600.0
 """Both goals are about."""
-GOAL = Goal(40, "MiB")
-FLAT_GOAL = Goal(1, "MiB")
+GOAL = Goal(40, "MB")
+FLAT_GOAL = Goal(1, "MB")
+RESIDENT, GROWTH = "resident memory after a storm", "growth in the second half of the storm"
 
 
 class Storm(NamedTuple):
@@ -67,47 +68,47 @@ def measure(seconds: float = SECONDS, per_second: int = PER_SECOND) -> list[Row]
         theirs = storm(tool, seconds / STEPS, per_second).mib
     why = (
         f"after {seconds:g} s: {told} of {sent} records told, {lost} lost; before "
-        f"{ours[0][0]:.1f} MiB; the reference's storm is a {STEPS}th as long"
+        f"{_mb(ours[0][0]).text}; the reference's storm is a {STEPS}th as long"
     )
-    if told != sent or lost:
-        return [unmeasured("resident memory after a storm", f"not all was told: {why}", GOAL)]
-    rss, bcc = _mib(ours[-1][0]), _mib(theirs[-1][0])
-    rows = [
-        row(
-            "resident memory after a storm, against in-process bcc",
-            rss,
-            reference=bcc,
-            against=ratio(rss, bcc),
-            goal=GOAL,
-            why=why,
-        ),
-        row(
-            "its proportional share (Pss)",
-            _mib(ours[-1][1]),
-            reference=_mib(theirs[-1][1]),
-            against=ratio(_mib(ours[-1][1]), _mib(theirs[-1][1])),
-        ),
-        # Buffers and caches fill at first.
-        row(
-            "growth in the second half of the storm",
-            _mib(ours[-1][0] - ours[STEPS // 2][0]),
-            goal=FLAT_GOAL,
-            why="the goal's word is flat",
-        ),
-    ]
+    if told != sent or lost or not sent:
+        why = f"not all was told: {why}"
+        return [unmeasured(RESIDENT, why, GOAL), unmeasured(GROWTH, why, FLAT_GOAL)]
+    rss, pss = map(_mb, ours[-1])
+    bcc_rss, bcc_pss = map(_mb, theirs[-1])
+    resident = row(
+        f"{RESIDENT}, against in-process bcc",
+        rss,
+        reference=bcc_rss,
+        against=ratio(rss, bcc_rss),
+        goal=GOAL,
+        why=why,
+    )
+    shared = row(
+        "its proportional share (Pss)", pss, reference=bcc_pss, against=ratio(pss, bcc_pss)
+    )
+    # Buffers and caches fill at first.
+    growth = row(GROWTH, _mb(ours[-1][0] - ours[STEPS // 2][0]), goal=FLAT_GOAL)
     if seconds < HOUR_S:
-        rows = [refuted_only(one, "the goal is about an hour: RESULTS-memory.md") for one in rows]
+        short = "the goal is about an hour: RESULTS-memory.md"
+        resident = refuted_only(resident, short)
+        growth = growth._replace(reached=None, why=short)
+    return [resident, shared, growth, _against_runqslower(rss)]
+
+
+def _against_runqslower(rss: Figure) -> Row:
     name = "resident memory, against runqslower"
     try:
         with runqslower() as slower:
-            small = _mib(memory_mib(slower.pid)[0])
+            small = _mb(memory_mib(slower.pid)[0])
     except BenchError as error:
-        return [*rows, unmeasured(name, str(error))]
-    return [*rows, row(name, rss, reference=small, against=ratio(rss, small))]
+        return unmeasured(name, str(error))
+    return row(name, rss, reference=small, against=ratio(rss, small))
 
 
-def _mib(value: float) -> Figure:
-    return plain(round(value, 1), "MiB")
+def _mb(mib: float) -> Figure:
+    """In millions of bytes, as the goal is."""
+    value = mib * (1 << 20) / 1e6
+    return Figure(value, f"{value:.1f} MB")
 
 
 if __name__ == "__main__":

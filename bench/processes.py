@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from bench.bpf import BenchError, Programs, take_over
-from tests.kernel.daemon import COMMAND, STALLED_CPU, UNLIMITED
+from tests.kernel.daemon import COMMAND, STALLED_CPU
 
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 30.0
@@ -184,20 +184,22 @@ def unit_setting(name: str) -> str:
 class Daemon(Piped):
     """A real ``softirq-stalld run``, ready, with the priority that its unit gives it.
 
+    All is as by default, but that nothing is folded and that the live socket is its own.
+
     Args:
-        settings: of the configuration, before what it is based on.
-        base: as tests have it by default: nothing is folded, and no live socket.
+        settings: of the configuration, before these.
         checkout: of which; this one's without.
     """
 
-    def __init__(
-        self, settings: str = "", *, base: str | None = None, checkout: Path | None = None
-    ) -> None:
-        base = Path(UNLIMITED).read_text() if base is None else base
-        self._config = tempfile.NamedTemporaryFile("w", suffix=".toml")  # noqa: SIM115
-        self._config.write(f"{settings}\n{base}")
-        self._config.flush()
-        run = ("run", "--config", self._config.name)
+    def __init__(self, settings: str = "", *, checkout: Path | None = None) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="stalld-bench-")
+        self.socket = Path(self._directory.name, "live.sock")
+        config = Path(self._directory.name, "config.toml")
+        config.write_text(
+            f"{settings}\nstorm.stalls_per_second = 1000\nstorm.identical_per_minute = 10000\n"
+            f"live.socket = '{self.socket}'\nlive.group = ''\n"
+        )
+        run = ("run", "--config", str(config))
         nice = ("nice", "-n", unit_setting("Nice"))
         if checkout is None:
             super().__init__(*nice, COMMAND, *run)
@@ -214,7 +216,7 @@ class Daemon(Piped):
     def close(self) -> None:
         """End it in any case; may be called twice."""
         super().close()
-        self._config.close()
+        self._directory.cleanup()
 
 
 class Tool:
