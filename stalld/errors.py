@@ -11,6 +11,13 @@ class StalldError(Exception):
     exit_code = 1
 
 
+def reason_of(error: Exception) -> str:
+    """Why, in a few words, for a count of errors: the kernel's reason, where there is one."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return "not understood"
+
+
 class UsageError(StalldError):
     """The command line or the configuration is wrong."""
 

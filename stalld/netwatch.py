@@ -21,6 +21,7 @@ from stalld.enrich.driver_stats import DriverStats, Lost
 from stalld.enrich.ethtool import Ethtool
 from stalld.enrich.netlink import LinkNews
 from stalld.enrich.nic import Inventory, Surveyor
+from stalld.errors import reason_of
 from stalld.reader import online_cpus
 from stalld.track.rates import Rates
 
@@ -204,6 +205,8 @@ class NetWatch:
                 continue  # It has just gone.
             driver = self._drivers.setdefault(link, DriverStats(device.name))
             lost = self._lost(driver) if device.hardware else {}
+            if lost is None:
+                continue  # Without its counters what they tell of would seem to be over.
             counters = net_events.nic_counters(stats[device.ifindex], lost)
             episode = self._links.take(link, now_ns, counters)
             if episode is not None:
@@ -218,14 +221,14 @@ class NetWatch:
                 told.append(("nic", *fields))
         return told
 
-    def _lost(self, driver: DriverStats) -> dict[Lost, int]:
+    def _lost(self, driver: DriverStats) -> dict[Lost, int] | None:
+        """None: it has counters, which cannot be read just now."""
         try:
             with Ethtool() as ethtool:
                 return driver.read(ethtool)
         except (OSError, struct.error) as error:
             self._count("a driver's counters", error)
-            return {}
+            return None if driver.lost else {}
 
     def _count(self, what: str, error: Exception) -> None:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "not understood"
-        self.faults[f"{what}: {reason}"] += 1
+        self.faults[f"{what}: {reason_of(error)}"] += 1

@@ -152,6 +152,7 @@ class Service:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.duration_s):
                     await self._stopped.wait()
+            self._stopped.set()
             self._notifier.stopping("stopping: what is left is being delivered")
             async with self._reloading:
                 pass  # One that is under way ends first; no other begins.
@@ -224,24 +225,32 @@ class Service:
         while True:
             await self._reload_asked.wait()
             self._reload_asked.clear()
+            if self._stopped.is_set():
+                return
+            self._notifier.reloading()
+            found = await asyncio.to_thread(self._read)
+            # Not held before: a file that cannot be read to its end must not keep us from stopping.
             async with self._reloading:
                 if self._stopped.is_set():
                     return
-                self._notifier.reloading()
-                await self._reload()
+                await self._reload(found)
                 if not self._stopped.is_set():
                     self._notifier.ready(self._status())
 
-    async def _reload(self) -> None:
+    def _read(self) -> Settings | ConfigError:
+        try:
+            return self._read_settings()
+        except ConfigError as error:
+            return error
+
+    async def _reload(self, settings: Settings | ConfigError) -> None:
         """Take up what the configuration says now; what it has wrong changes nothing."""
         name = self._settings.source
-        try:
-            settings = await asyncio.to_thread(self._read_settings)
-        except ConfigError as error:
+        if isinstance(settings, ConfigError):
             self._misconfigured = True
-            for line in error.args[:ERRORS_LOGGED]:
+            for line in settings.args[:ERRORS_LOGGED]:
                 self._log.error("not reloaded", reason=line)
-            self._output.emit("degraded", *degraded.configuration(name, error.args))
+            self._output.emit("degraded", *degraded.configuration(name, settings.args))
             return
         before, self._settings = self._settings, settings
         with self._lock:

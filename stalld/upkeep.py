@@ -54,6 +54,8 @@ class Upkeep:
         self.sampler: NmiSampler | None = None
         self.hotplugged: set[int] = set()
         """CPUs that records told of, which may be going or coming."""
+        self._behind: set[str] = set()
+        """Why not everything follows the CPUs: then each look tries again."""
         self._detector = detector
         self._reader = reader
         self._feed = feed
@@ -149,15 +151,16 @@ class Upkeep:
         suspects: set[int] = set()
         pauses: list[float] = []
         while self.hotplugged or pauses:
+            self._replugged.clear()
             if self.hotplugged:
                 suspects |= self.hotplugged
                 self.hotplugged.clear()
-                pauses = list(HOTPLUG_LOOKS_S)
-            self._replugged.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(pauses.pop(0)):
-                    await self._replugged.wait()
-                continue
+                first, *pauses = HOTPLUG_LOOKS_S
+                await asyncio.sleep(first)
+            else:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pauses.pop(0)):
+                        await self._replugged.wait()
             self._look_at_cpus(suspects)
             with self._reader.lock:
                 self._detector.learn()
@@ -169,25 +172,29 @@ class Upkeep:
             # These are tried again at the next look; all others are read, and followed below.
             self._log.warning("not every CPU can be read", reason=str(error))
         else:
-            if not any(changed):
+            if any(changed):
+                self._log.info(
+                    "online CPUs changed", gained=sorted(changed.gained), lost=sorted(changed.lost)
+                )
+            elif not self._behind:
                 return
-            self._log.info(
-                "online CPUs changed", gained=sorted(changed.gained), lost=sorted(changed.lost)
-            )
         cpus = self._reader.cpus
+        told, self._behind = self._behind, set()
         if self._feed is not None:
-            with self._reader.lock, self._told():
+            with self._reader.lock, self._noted():
                 self._feed.refresh(cpus, suspects)
         if self.sampler is not None:
-            with self._told():
+            with self._noted():
                 self.sampler.refresh(cpus, suspects)
+        for reason in self._behind - told:
+            self._log.warning("not everything follows these CPUs", reason=reason)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _noted(self) -> Iterator[None]:
         try:
             yield
         except (KsymbolError, SamplerError) as error:
-            self._log.warning("not everything follows these CPUs", reason=str(error))
+            self._behind.add(str(error))
 
 
 def _is_over(task: asyncio.Task[None] | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from stalld.enrich import netlink
 from stalld.enrich.driver_stats import DriverStats
 from stalld.enrich.ethtool import Ethtool
 from stalld.enrich.nic import Device, Inventory, Surveyor
+from stalld.errors import reason_of
 
 QUEUES = "network queues"
 STATISTICS = "network statistics"
@@ -70,11 +72,11 @@ def statistics(hardware: list[Device]) -> Item:
     """Are the counters of links there, and what do the drivers count themselves?"""
     try:
         links = netlink.link_stats()
-    except OSError as error:
+    except (OSError, struct.error) as error:
         return Item(
             STATISTICS,
             State.DEGRADED,
-            f"RTM_GETSTATS: {error.strerror}",
+            reason_of(error),
             "no nic events come",
             "use Linux 4.7 or newer, and let the service use AF_NETLINK",
         )
@@ -83,8 +85,8 @@ def statistics(hardware: list[Device]) -> Item:
         try:
             with Ethtool() as ethtool:
                 lost = DriverStats(device.name).read(ethtool)
-        except OSError as error:
-            told.append(f"{device.name}: {error.strerror}")
+        except (OSError, struct.error) as error:
+            told.append(f"{device.name}: {reason_of(error)}")
         else:
             whose = sum(one.queue is not None for one in lost)
             told.append(f"{device.name} counts lost packets in {len(lost)} ways, {whose} by queue")

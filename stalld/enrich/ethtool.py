@@ -72,7 +72,6 @@ class Ethtool:
         buffer = ctypes.create_string_buffer(head, len(head) + size + _SLACK)
         request = _IFREQ.pack(os.fsencode(device)[:15], ctypes.addressof(buffer))
         fcntl.ioctl(self._socket, _SIOCETHTOOL, request)
-        # What nobody wrote to has no memory yet, and is not to get any.
         return bytes(memoryview(buffer)[: len(head) + wanted])
 
     def settings(self, device: str) -> Settings:

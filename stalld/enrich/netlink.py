@@ -7,6 +7,7 @@ every few seconds: one request, one answer of 240 bytes a link (rtnetlink(7)).
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 from typing import NamedTuple, Self
@@ -100,7 +101,7 @@ def link_stats() -> dict[int, LinkStats]:
                     return found
                 if kind == _NLMSG_ERROR:
                     (code,) = struct.unpack_from("=i", answer)
-                    raise OSError(-code, "RTM_GETSTATS")
+                    raise OSError(-code, f"RTM_GETSTATS: {os.strerror(-code)}")
                 told = stats_of(answer) if kind == _RTM_NEWSTATS else None
                 if told is not None:
                     found[told[0]] = told[1]
@@ -141,7 +142,9 @@ class LinkNews:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno != errno.ENOBUFS:
+                # Told once, of what we do not see: a want of room, or what became of a request
+                # that was to be made known. Links may have changed.
+                if error.errno == errno.EBADF:
                     raise
 
     def close(self) -> None:

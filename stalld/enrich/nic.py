@@ -17,6 +17,7 @@ from typing import NamedTuple
 from stalld.enrich import interrupts
 from stalld.enrich.cpus import parse_list, parse_mask
 from stalld.enrich.ethtool import Ethtool, Settings
+from stalld.errors import reason_of
 
 MAX_DEVICES = 4096
 MAX_QUEUES = 16_384
@@ -277,8 +278,7 @@ class Surveyor:
             return None
 
     def _count(self, what: str, error: Exception) -> None:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "not understood"
-        self._faults[f"{what}: {reason}"] += 1
+        self._faults[f"{what}: {reason_of(error)}"] += 1
 
 
 def _basename(link: Path) -> str | None:

@@ -10,15 +10,13 @@ import socket
 import struct
 import sys
 import termios
-import threading
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 from stalld.events import Event
 from stalld.sinks.outbox import Stats
+from stalld.sinks.resolve import Resolver
 from stalld.sinks.sink import Context, DescriptorSink
 
 CONNECT_S = 10.0
@@ -33,8 +31,6 @@ by TCP_USER_TIMEOUT, which would also break the connection to a collector that a
 has no room for so long."""
 STEADY_S = 10.0
 """When a connection has lasted so long, the next is tried without much delay again."""
-_Address = tuple[Any, Any, int, str, Any]
-"""Of ``socket.getaddrinfo``."""
 _CHUNK_BYTES = 65_536
 _RECEIVE_BYTES = 4096
 # The kernel gives up on a peer that is silent for a minute, while no data waits.
@@ -367,41 +363,8 @@ class ConnectionSink(DescriptorSink):
         return time.monotonic() - self._trouble_since
 
 
-async def _resolve(host: str, port: int) -> Sequence[_Address]:
-    """As the loop's getaddrinfo(), in a thread that nobody waits for.
-
-    Of its own requests the loop waits for the end before it closes, and DNS may take half a
-    minute to say that it does not answer.
-
-    Raises:
-        OSError, UnicodeError: as ``socket.getaddrinfo``.
-    """
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[Sequence[_Address]] = loop.create_future()
-
-    def tell(found: Sequence[_Address] | Exception) -> None:
-        if answer.done():
-            return  # Nobody wants it any more.
-        if isinstance(found, Exception):
-            answer.set_exception(found)
-        else:
-            answer.set_result(found)
-
-    def ask() -> None:
-        found: Sequence[_Address] | Exception
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            found = error
-        with suppress(RuntimeError):  # The loop is closed.
-            loop.call_soon_threadsafe(tell, found)
-
-    threading.Thread(target=ask, name="stalld-resolve", daemon=True).start()
-    return await answer
-
-
-async def dial_tcp(host: str, port: int, place: str) -> socket.socket:
-    """A TCP connection to the first address of ``host`` that answers, not blocking.
+async def dial_tcp(resolver: Resolver, place: str) -> socket.socket:
+    """A TCP connection to the first address of a host that answers, not blocking.
 
     Raises:
         OSError: none does; of the last one.
@@ -410,7 +373,7 @@ async def dial_tcp(host: str, port: int, place: str) -> socket.socket:
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(CONNECT_S):
-            found = await _resolve(host, port)
+            found = await resolver.addresses()
     except (socket.gaierror, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no host name"
         raise LostError(

@@ -129,16 +129,17 @@ class Hub:
 
     async def _close(self, sinks: list[Sink]) -> dict[str, int]:
         deadline = self._context.loop.time() + CLOSE_S
+        # Nothing is put any more: whatever is dropped from now on was left.
+        before = {sink: sink.stats().dropped for sink in sinks}
         # All at once: one that cannot deliver takes no time from the others.
         await asyncio.gather(*(sink.close(deadline) for sink in sinks))
         left: dict[str, int] = {}
         for sink in sinks:
-            before = sink.stats().dropped
             sink.give_up()
             stats = sink.stats()
             _add(self._past, stats)
-            if stats.dropped > before:
-                left[stats.name] = left.get(stats.name, 0) + stats.dropped - before
+            if stats.dropped > before[sink]:
+                left[stats.name] = left.get(stats.name, 0) + stats.dropped - before[sink]
         return left
 
 

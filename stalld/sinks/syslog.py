@@ -13,6 +13,7 @@ from stalld import config, values
 from stalld.events import Event
 from stalld.sinks.connection import ConnectionSink, dial_tcp
 from stalld.sinks.outbox import Gap
+from stalld.sinks.resolve import Resolver
 from stalld.sinks.sink import Context
 
 LISTEN_S = 0.25
@@ -69,6 +70,7 @@ class SyslogSink(ConnectionSink):
             context,
             0.0 if self._path else LISTEN_S,
         )
+        self._resolver = None if self._path else Resolver(*values.split_address(settings.address))
         self._format = Format(settings.facility, settings.app_name, os.getpid())
         self._datagrams = False
         self._starved = False
@@ -87,9 +89,8 @@ class SyslogSink(ConnectionSink):
     async def dial(self) -> socket.socket:
         """Connect to the server, in whichever way its socket takes."""
         self._datagrams = False
-        if not self._path:
-            host, port = values.split_address(self.place)
-            return await dial_tcp(host, port, self.place)
+        if self._resolver is not None:
+            return await dial_tcp(self._resolver, self.place)
         try:
             connection = _dial_unix(self._path, socket.SOCK_DGRAM)
             self._datagrams = True

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from stalld import config, values
 from stalld.sinks.connection import ConnectionSink, dial_tcp
+from stalld.sinks.resolve import Resolver
 from stalld.sinks.sink import Context
 
 if TYPE_CHECKING:
@@ -28,16 +29,17 @@ class TcpSink(ConnectionSink):
             context,
             LISTEN_TLS_S if settings.tls else LISTEN_S,
         )
-        self._host, self._port = values.split_address(settings.address)
+        host, port = values.split_address(settings.address)
+        self._resolver = Resolver(host, port)
         self._tls: Tls | None = None
         if settings.tls:
             from stalld.sinks.tls import Tls
 
-            self._tls = Tls(settings, self._host)
+            self._tls = Tls(settings, host)
 
     async def dial(self) -> socket.socket:
         """Connect, and see that the collector is the right one."""
-        connection = await dial_tcp(self._host, self._port, self.place)
+        connection = await dial_tcp(self._resolver, self.place)
         return await self._tls.secure(connection) if self._tls else connection
 
     def send(self, connection: socket.socket) -> None:

@@ -17,13 +17,18 @@ def safe(value: object) -> str:
 def escaped(line: bytes) -> bytes:
     """JSON in which what terminals obey stands as JSON's own escapes: it means the same.
 
-    Only within strings can there be such characters.
+    Only within strings can there be such characters, as nothing but data is between tokens.
     """
-    text = line.decode("utf-8", "replace")
-    return "".join(c if c.isprintable() else _units(c) for c in text).encode()
+    # String by string: few hold any, and to go through all characters takes milliseconds.
+    strings = line.decode("utf-8", "replace").split('"')
+    return '"'.join(s if s.isprintable() else _units(s) for s in strings).encode()
 
 
-def _units(character: str) -> str:
+def _units(text: str) -> str:
+    return "".join(c if c.isprintable() else _unit(c) for c in text)
+
+
+def _unit(character: str) -> str:
     units = character.encode("utf-16-be")
     return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
 

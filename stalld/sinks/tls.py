@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import ssl
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ class Tls:
             with self._told():
                 self._check_name()
                 # Reads files, which takes tens of milliseconds for a system's certificates.
-                context = await asyncio.to_thread(self._context)
+                context = await self._context_read()
                 secured = context.wrap_socket(
                     connection, server_hostname=self._name, do_handshake_on_connect=False
                 )
@@ -103,6 +104,12 @@ class Tls:
             self._name.encode("idna")
         except UnicodeError as error:
             raise LostError(f"{self._place}: is {self._name} a host name? {error}.") from None
+
+    async def _context_read(self) -> ssl.SSLContext:
+        try:
+            return await asyncio.to_thread(self._context)
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, f"{error}: is TasksMax= of our unit too small?") from error
 
     def _context(self) -> ssl.SSLContext:
         settings = self._settings

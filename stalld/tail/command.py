@@ -16,6 +16,7 @@ import orjson
 
 from stalld.errors import StalldError, UsageError
 from stalld.live_request import MAX_REQUEST_BYTES, SINCE_START
+from stalld.sinks.text import escaped
 from stalld.tail.client import ConnectError, Connection, LostError
 from stalld.tail.screen import (
     Display,
@@ -137,7 +138,11 @@ def _tail(options: Options, environment: Mapping[str, str]) -> None:
         connection.close()
         hello = connection.hello
         text = "".join(f"{line}\n" for line in stats_lines(hello.fields))
-        Output(STDOUT).write(hello.line if options.json else text.encode(errors="replace"))
+        # Whatever answers at the socket may be in that line.
+        line = hello.line
+        if os.isatty(STDOUT):
+            line = escaped(line.rstrip(b"\n")) + b"\n"
+        Output(STDOUT).write(line if options.json else text.encode(errors="replace"))
         return
     Tail(options, _display(options, environment)).run()
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.injector import Injector, Kind, Mode, Pressure
+from tests.injector.records import RecordSource
 from tests.kernel.daemon import COMMAND, Daemon, bpf_objects, bpf_objects_of, children
 from tests.kernel.daemon import STALLED_CPU as CPU
 from tests.service.surroundings import until
@@ -249,6 +250,57 @@ def test_sinks_come_and_go(files: Files, stalls: tuple[Injector, Pressure]) -> N
     assert [e["stall_id"] for e in files.told("stall") if e["phase"] == "resolved"] == resolved[2:3]
     sinks = {sink["name"]: sink for sink in daemon.events[-1]["sinks"]}
     assert sinks[f"file {files.events}"]["delivered"] == len(kept) + len(files.told("stall"))
+
+
+def test_settings_that_cannot_be_read_to_their_end(files: Files) -> None:
+    """Who waits for a file (a hung NFS, here a pipe) stops in time all the same."""
+    with Daemon("--config", str(files.config)) as daemon:
+        files.config.unlink()
+        os.mkfifo(files.config)
+        os.kill(daemon.pid, signal.SIGHUP)
+        time.sleep(0.3)
+        daemon.process.terminate()
+        asked = time.monotonic()
+        until(lambda: files.told("stopped"))
+        assert time.monotonic() - asked < STOP_S
+        with files.config.open("w") as config:
+            config.write("detect.threshold_ms = 5\n")
+        assert daemon.stop() == 0
+    assert "reloaded" not in daemon.said
+
+
+def test_no_reload_after_the_end(files: Files) -> None:
+    """While the last events are delivered no sink is opened any more."""
+    files.write("[[sinks.tcp]]\naddress = '127.0.0.1:1'")
+    command = ["--config", str(files.config), "--duration", "1"]
+    process = started(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    files.wait_for_start(process)
+    until(lambda: files.told("stopped"))
+    process.send_signal(signal.SIGHUP)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 0
+    assert b"reloaded" not in said
+    assert json.loads(files.events.read_bytes().splitlines()[-1])["event"] == "stopped"
+
+
+def test_live_client_that_never_reads(files: Files, tmp_path: Path) -> None:
+    """What it did not take is told of at the end."""
+    socket_path = tmp_path / "live.sock"
+    files.write(f"[live]\nsocket = '{socket_path}'\ngroup = ''")
+    text = files.config.read_text().replace("live.enabled = false\n", "")
+    files.config.write_text(text)
+    with (
+        Daemon("--config", str(files.config)) as daemon,
+        socket.socket(socket.AF_UNIX) as client,
+        RecordSource(daemon.pid, CPU) as source,
+    ):
+        client.connect(str(socket_path))
+        client.sendall(b"{}\n")
+        assert client.recv(1)
+        source.flow(500, 1.0)
+        assert daemon.stop() == 0
+    assert "events could not be delivered" in daemon.said
+    assert "sink=live" in daemon.said.replace("'", "")
 
 
 def test_stdout_lost_and_a_file_left(files: Files, stalls: tuple[Injector, Pressure]) -> None:

@@ -16,6 +16,7 @@ import uvloop
 
 from stalld import config
 from stalld.sinks import connection
+from stalld.sinks.resolve import Resolver
 from stalld.sinks.tcp import TcpSink
 from tests.service.peer import Certificates, Peer
 from tests.service.rsyslog import Rsyslog, free_port
@@ -229,9 +230,11 @@ def test_dns_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait(20))
     monkeypatch.setattr(connection, "CONNECT_S", 0.1)
 
+    resolver = Resolver("example.invalid", 1)
+
     async def dial() -> None:
         with pytest.raises(connection.LostError, match="resolved: does DNS answer"):
-            await connection.dial_tcp("example.invalid", 1, "example.invalid:1")
+            await connection.dial_tcp(resolver, "example.invalid:1")
 
     began = time.monotonic()
     try:

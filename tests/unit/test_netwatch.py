@@ -176,6 +176,27 @@ def test_nothing_can_be_read(machine: Machine, monkeypatch: pytest.MonkeyPatch) 
     assert machine.watch.faults["queues of a stall: no inventory"] == 1
 
 
+def test_a_driver_that_is_busy(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its queues go on to drop is not told as over; the next look has all of it."""
+    lost = Lost("rx5_discards", 5, 0)
+    machine.lost = {lost: 0}
+    machine.look()
+    machine.lost = {lost: 500}
+    ((_, _, begun),) = machine.look()
+    machine.lost = {lost: 1000}
+    with monkeypatch.context() as patched:
+        patched.setattr(DriverStats, "read", lambda *_: _raise(BlockingIOError(11, "not now")))
+        assert machine.look() == []
+    machine.lost = {lost: 1500}
+    ((_, _, more),) = machine.look()
+    assert (begun["phase"], more["phase"]) == ("begun", "ongoing")
+    assert more["queues"] == [begun["queues"][0] | {"drops": 1500}]
+
+
+def _raise(error: Exception) -> Any:
+    raise error
+
+
 def test_a_driver_that_refuses(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The link's own statistics are told all the same."""
 

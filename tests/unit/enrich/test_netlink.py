@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stalld.enrich.ethtool import Ethtool
-from stalld.enrich.netlink import LinkStats, link_stats, messages, stats_of
+from stalld.enrich.netlink import LinkNews, LinkStats, link_stats, messages, stats_of
 
 HEADER = struct.Struct("=IHHII")
 
@@ -98,3 +99,19 @@ def test_rings_of_this_machine(rings: dict[str, tuple[int, int]]) -> None:
     assert {
         name: (told.ring, told.ring_max) for name, told in own.items() if told.ring_max
     } == rings
+
+
+def test_errors_of_others() -> None:
+    """The kernel tells all that listen of requests that failed: links may have changed."""
+
+    told = [errno.EOPNOTSUPP, errno.ENOBUFS, errno.EMSGSIZE]
+
+    class Refused(socket.socket):
+        def recv(self, *_: Any) -> bytes:
+            if told:
+                raise OSError(told.pop(0), "of another's request")
+            raise BlockingIOError
+
+    with Refused(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
+        LinkNews(sock).drain()
+        assert told == []

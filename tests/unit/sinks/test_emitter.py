@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
+import sys
+from typing import Any
 
 import pytest
 
@@ -113,6 +116,28 @@ def test_what_terminals_obey_is_escaped() -> None:
     assert json.loads(line)["comm"] == value
     assert "é中".encode() in line
     assert b"\\u009b2J\\u007f\\u202e\\udb40\\udc01" in line
+
+
+def test_what_is_not_ascii_is_cheap() -> None:
+    """A long line with a character that is printable is looked at string by string."""
+    taken = Taken()
+    fields = {"hint": "cut…", "stack": [f"function_{n}+0x1" for n in range(1000)]}
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    gc.disable()
+    sys.setprofile(count)
+    try:
+        taken.emitter.emit("stall", "info", fields)
+    finally:
+        sys.setprofile(None)
+        gc.enable()
+    (line,) = taken.lines
+    assert "cut…".encode() in line
+    assert calls < len(line) / 2
 
 
 def test_only_what_is_long_is_cut() -> None:
