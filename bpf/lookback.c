@@ -8,8 +8,6 @@
 /* The ring reaches back a quarter of a second, also where the tick is faster than 250 Hz. */
 #define LOOKBACK_PERIOD_NS 3500000
 
-#define barrier() asm volatile("" ::: "memory")
-
 /* The tick is the hrtimer with the tick's function; its place is per-CPU and fixed. */
 static __always_inline void learn_tick(struct cpu_state *st, struct watch_config *cfg,
 				       struct hrtimer *timer)
@@ -25,7 +23,8 @@ static __always_inline void check_late(struct cpu_state *st, struct watch_config
 {
 	u64 late = tick_lateness(st, true, now);
 
-	if (late < cfg->threshold_ns)
+	/* Nobody's rare part is as long as that: if it is interrupted, the CPU was away. */
+	if (late < cfg->threshold_ns || st->source != SOURCE_TICK)
 		return;
 	begin(st, cfg, now - max_u63(late, oldest_overdue(st, cfg, now)), now, any_waiting(st));
 	st->late_ns = max_u63(st->late_ns, late);

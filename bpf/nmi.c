@@ -25,8 +25,9 @@ int handle_nmi(struct bpf_perf_event_data *ctx)
 	u32 source = SOURCE_NMI;
 	u64 now, late;
 
-	/* The idle task waits with interrupts off, and that holds nothing up. */
-	if (!st || ctx->regs.flags & X86_EFLAGS_IF || !(u32)bpf_get_current_pid_tgid())
+	/* The idle task waits with interrupts off, and that holds nothing up. source: state.h. */
+	if (!st || st->source != SOURCE_TICK || ctx->regs.flags & X86_EFLAGS_IF ||
+	    !(u32)bpf_get_current_pid_tgid())
 		return 0;
 	cfg = watch();
 	if (!cfg || !cfg->threshold_ns || !st->last_tick_ns)

@@ -160,7 +160,7 @@ static __always_inline void verify_waiters(struct cpu_state *st, struct watch_co
 /* What the tick finds: is anything overdue, and is it time for a sample? */
 static __always_inline u32 look(struct cpu_state *st, struct watch_config *cfg, u64 now)
 {
-	u64 oldest, late;
+	u64 oldest;
 
 	if (any_waiting(st))
 		verify_waiters(st, cfg, now);
@@ -175,10 +175,6 @@ static __always_inline u32 look(struct cpu_state *st, struct watch_config *cfg, 
 		return end(st, cfg, now) ? RECORD_CLOSE : 0;
 
 	begin(st, cfg, now - oldest, now, any_waiting(st));
-	/* Another timer that came too late as well may be called before the tick's. */
-	late = now - st->last_tick_ns < cfg->threshold_ns ? 0 : tick_lateness(st, false, now);
-	if (late >= cfg->threshold_ns)
-		st->late_ns = max_u63(st->late_ns, late);
 	if (oldest >= SERIOUS_FACTOR * cfg->threshold_ns)
 		st->muted = 0;
 	if (st->serving == VEC_NET_RX + 1 && service_age(st, now) >= cfg->threshold_ns)
@@ -235,10 +231,15 @@ int handle_record(struct bpf_raw_tracepoint_args *ctx)
 	rec = scratch.lookup(&source);
 	if (!rec)
 		return 0;
-	if (!cfg->threshold_ns)
-		goto out;
 	now = rec->time_ns;
 	served = now - st->serving_since;
+	if (source == SOURCE_ENTRY && vec < VEC_COUNT)
+		service_begins(st, vec, now);
+	else if (source == SOURCE_EXIT)
+		service_ends(st, vec, now);
+	/* A tick that interrupts another one's rare part looks at what is half done: the next will. */
+	if (!cfg->threshold_ns || (source == SOURCE_TICK && rec->source != SOURCE_TICK))
+		goto out;
 	if (source == SOURCE_TICK) {
 		type = look(st, cfg, now);
 	} else {
@@ -257,13 +258,11 @@ int handle_record(struct bpf_raw_tracepoint_args *ctx)
 	}
 	if (type && !st->muted) {
 		rec->type = type;
-		rec->seq = st->seq;
 		if (!is_told(st, type))
 			tails.call(ctx, TAIL_TASK);
 		tails.call(ctx, TAIL_EMIT);
 	}
 out:
-	/* Only now: a tick that comes meanwhile gives the turn back. */
 	st->source = rec->source;
 	return 0;
 }
@@ -273,7 +272,7 @@ int handle_emit(struct bpf_raw_tracepoint_args *ctx)
 	struct cpu_state *st = this_cpu_state();
 	struct watch_config *cfg = watch();
 	struct stall_record *rec;
-	u32 source;
+	u32 source, before;
 
 	if (!st || !cfg)
 		return 0;
@@ -281,11 +280,9 @@ int handle_emit(struct bpf_raw_tracepoint_args *ctx)
 	rec = scratch.lookup(&source);
 	if (!rec)
 		return 0;
-	st->source = rec->source;
-	/* A tick came meanwhile, and began the next stall: what is known is of that one. */
-	if (rec->seq != st->seq)
-		st->lost++;
-	else
-		emit(ctx, st, cfg, rec, rec->type, source, rec->time_ns);
+	before = rec->source;
+	emit(ctx, st, cfg, rec, rec->type, source, rec->time_ns);
+	/* Only now: until then no tick begins another stall. */
+	st->source = before;
 	return 0;
 }

@@ -170,10 +170,11 @@ struct waiter {
 
 /*
  * What one CPU knows about itself. Written by its own programs without locks
- * or atomics (waiters under its run queue's lock, so perhaps by another CPU),
- * read by user space through a shared mapping; user space writes only task
- * and pid of waiter KSOFTIRQD, threshold_ns and the masks. A multiple of 64 bytes, so that
- * no two CPUs share a cache line.
+ * or atomics (waiters, running and runs under its run queue's lock, so perhaps by
+ * another CPU; when it comes or goes, by the one that controls that), read by
+ * user space through a shared mapping; user space writes only task and pid of
+ * waiter KSOFTIRQD, threshold_ns and the masks. A multiple of 64 bytes, so that no
+ * two CPUs share a cache line.
  */
 struct cpu_state {
 	/* Which waiters wait. Bytes: another CPU may wake one between a load and a store. */
@@ -219,7 +220,7 @@ struct cpu_state {
 	u32 muted; /* this stall is over the limit and sends nothing */
 	u32 window_stalls;
 	u32 suppressed; /* stalls that ended muted */
-	u32 lost; /* records that the perf buffer had no room for, or that came too late */
+	u32 lost; /* records that the perf buffer had no room for */
 	u32 sent;
 	u32 inline_served; /* softirqs served elsewhere while ksoftirqd waited */
 	u32 deferred; /* softirqs left to a waiting ksoftirqd */
@@ -228,7 +229,7 @@ struct cpu_state {
 	u32 unwatched; /* wake-ups of watched threads beyond WAITERS */
 	u32 steal_version; /* 0: the hypervisor keeps no steal clock */
 	u32 hotplug; /* last target of a hotplug, plus 1 */
-	u32 source; /* whose record handle_record is to make */
+	u32 source; /* whose turn it is: handle_record makes its record */
 	u32 ring; /* that is written now */
 	u32 napi_wanted; /* the next poll to end is the one of a long handler */
 	u32 napi_ifindex;

@@ -4,6 +4,13 @@
  * raised and not served, and the vector in service.
  */
 
+/* The end of NET_RX's handler is where its time is known. */
+#ifdef NET_RX_ACTION_TRACED
+#define NET_RX_TIMED(vec) false
+#else
+#define NET_RX_TIMED(vec) ((vec) == VEC_NET_RX)
+#endif
+
 /* ksoftirqd_running() of kernels before 6.5 lets these two through. */
 #define VEC_NOW_MASK ((1U << VEC_HI) | (1U << VEC_TASKLET))
 
@@ -50,6 +57,24 @@ static __always_inline u64 entry_time(struct cpu_state *st, u64 raised)
 	return bpf_ktime_get_ns();
 }
 
+/* pending first: never must an interrupt between leave a vector raised and not pending. */
+static __always_inline void service_begins(struct cpu_state *st, u32 vec, u64 now)
+{
+	st->pending[vec] = 0;
+	barrier();
+	/* A raise from an interrupt up to here is served by this very run. */
+	st->raised[vec] = 0;
+	st->serving_since = now;
+	st->serving = vec + 1;
+}
+
+static __always_inline void service_ends(struct cpu_state *st, u32 vec, u64 now)
+{
+	st->serving = 0;
+	if (NET_RX_TIMED(vec))
+		net_rx_left(st, now - st->serving_since);
+}
+
 int handle_softirq_entry(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
@@ -62,11 +87,6 @@ int handle_softirq_entry(struct bpf_raw_tracepoint_args *ctx)
 	raised = st->raised[vec];
 	now = entry_time(st, raised);
 	wait = age(raised, now);
-	/* A raise from an interrupt up to here is served by this very run. */
-	st->raised[vec] = 0;
-	st->pending[vec] = 0;
-	st->serving_since = now;
-	st->serving = vec + 1;
 	ksoftirqd = &st->waiters[KSOFTIRQD];
 	if (!ksoftirqd->task && ksoftirqd->pid && ksoftirqd->pid == (u32)bpf_get_current_pid_tgid())
 		/* No task iterator told: it shows itself when it works. */
@@ -75,29 +95,24 @@ int handle_softirq_entry(struct bpf_raw_tracepoint_args *ctx)
 	    !st->raised[VEC_TASKLET] && bpf_get_current_task() != ksoftirqd->task)
 		st->inline_served++;
 
-	if (!wait || wait < st->threshold_ns || !(st->vec_mask >> vec & 1))
-		return 0;
-	record(ctx, st, SOURCE_ENTRY, now - wait, 0, now);
+	/* Then the rare part says that service begins: a tick between would end the stall. */
+	if (wait && wait >= st->threshold_ns && st->vec_mask >> vec & 1)
+		record(ctx, st, SOURCE_ENTRY, now - wait, 0, now);
+	service_begins(st, vec, now);
 	return 0;
 }
 
 int handle_softirq_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
-	u64 now = 0;
+	u32 vec = ctx->args[0];
 
 	if (!st)
 		return 0;
-	st->serving = 0;
-#ifndef NET_RX_ACTION_TRACED
-	if ((u32)ctx->args[0] == VEC_NET_RX) {
-		now = bpf_ktime_get_ns();
-		net_rx_left(st, now - st->serving_since);
-	}
-#endif
-	/* Was the stall that was seen meanwhile this handler? */
+	/* Was the stall that was seen meanwhile this handler? The rare part ends its service. */
 	if (st->active)
-		record(ctx, st, SOURCE_EXIT, 0, 0, now ? now : bpf_ktime_get_ns());
+		record(ctx, st, SOURCE_EXIT, 0, 0, bpf_ktime_get_ns());
+	service_ends(st, vec, NET_RX_TIMED(vec) ? bpf_ktime_get_ns() : 0);
 	return 0;
 }
 

@@ -3,8 +3,9 @@
  * Maps, and the life of a stall: begin, sample, close.
  *
  * A program may be interrupted by another one on its CPU only upwards
- * (softirq_entry by the tick), never by itself (tick.c takes care of that), so
- * plain loads and stores do; where the order matters a comment says so.
+ * (softirq_entry by the tick), never by itself (tick.c takes care of that, once
+ * it knows the tick's timer), so plain loads and stores do; where the order
+ * matters a comment says so. Whoever begins or ends a stall has the turn: record().
  */
 #define PF_KTHREAD 0x00200000
 #define NSEC_PER_SEC 1000000000ULL
@@ -61,6 +62,8 @@ static __always_inline struct watch_config *watch(void)
  * keeps clang from turning the arithmetic back into branches.
  */
 #define opaque(value) asm volatile("" : "+r"(value))
+/* What was stored before this is stored before what comes after it. */
+#define barrier() asm volatile("" ::: "memory")
 
 static __always_inline u64 at_least_zero(s64 value)
 {
@@ -287,7 +290,10 @@ static __always_inline void record(void *ctx, struct cpu_state *st, u32 source, 
 	rec->time_ns = now;
 	rec->started_ns = since;
 	rec->sample_nr = which;
-	/* Whom a tick interrupted gets its turn back when the tick's is over. */
+	/*
+	 * The turn. Whom a tick interrupted gets it back when the tick's is over; SOURCE_TICK, which
+	 * is 0: nobody was interrupted. While another one has it no tick and no NMI begins a stall.
+	 */
 	rec->source = st->source;
 	st->source = source;
 	tails.call(ctx, TAIL_RECORD);

@@ -69,7 +69,10 @@ static __always_inline void fill_names(struct task_record *rec, u64 *nodes)
 			rec->path_names[path] = depth + 1;
 			node = parent;
 		}
-		if (depth == PATH_DEPTH)
+		if (depth < PATH_DEPTH)
+			continue;
+		parent = read_pointer(node + parent_at);
+		if (parent && parent != node)
 			rec->paths_cut |= 1 << path;
 	}
 }

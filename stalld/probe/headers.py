@@ -38,11 +38,11 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "bpf_iter_meta": (("seq",),),
     "bpf_iter__task": (("meta",), ("task",)),
 }
-"""What the programs touch: per struct the fields, each with its older names."""
+"""What the programs touch: per struct the fields, each with what other kernels call it."""
 
 
 _TIMER_HEADERS = ("hrtimer_types.h", "hrtimer.h")
-"""Below include/linux of a source tree: where struct hrtimer is, by age."""
+"""Below include/linux of a source tree: where struct hrtimer is, in new kernels and in old ones."""
 
 
 class Who(NamedTuple):

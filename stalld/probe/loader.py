@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 SOURCES = (
     "records.h",
     "state.h",
+    "softirq.c",
     "record.c",
     "task.c",
     "sched.c",
-    "softirq.c",
     "lookback.c",
     "tick.c",
     "napi.c",
@@ -62,6 +62,9 @@ PROGRAMS = {
     "lookback": "handle_tick",
     "hrtimer_expire_entry": "handle_hrtimer_expire",
 }
+NO_ITERATOR = (
+    "each ksoftirqd is watched only after it has worked once, other threads are not watched"
+)
 HOOKS = {"lookback": "hrtimer_expire_entry"}
 """Where a program is attached to, when it is not called after its hook."""
 OPTIONAL = {
@@ -268,6 +271,8 @@ def _build(
         fds |= _attach_net_rx_action(bpf, how, attached)
     if btf is not None:
         fds["iter:task"] = _task_iterator(bpf, attached, missing)
+    else:
+        missing.append(Missing("task iterator", "this kernel has no BTF", NO_ITERATOR))
     for index, program in enumerate(TAILS):
         tail = _load_program(bpf, program, bpf.RAW_TRACEPOINT, program)
         _put(fds["map:tails"], index, tail.fd)
@@ -392,10 +397,7 @@ def _task_iterator(bpf: BPF, attached: list[Attached], missing: list[Missing]) -
         fd = int(_libbpf().bpf_link_create(function.fd, 0, _BPF_TRACE_ITER, None))
         reason = os.strerror(ctypes.get_errno()) if fd < 0 else ""
     if fd < 0:
-        effect = (
-            "each ksoftirqd is watched only after it has worked once, other threads are not watched"
-        )
-        missing.append(Missing("task iterator", reason, effect))
+        missing.append(Missing("task iterator", reason, NO_ITERATOR))
     else:
         attached.append(Attached("task", "iterator"))
     return fd

@@ -121,8 +121,15 @@ def longest_in_kernel_ns(
         since = max((since, *(at for at in user_ns if at <= record.time_ns)))
         longest = max(longest, record.time_ns - since)
         before = now
-    if before and closing and closing.record.switches == before.record.switches:
-        longest = max(longest, closing.record.time_ns - since)
+    if (
+        before
+        and closing
+        and closing.task_mode != "user"
+        and closing.record.switches == before.record.switches
+    ):
+        end_ns = closing.record.time_ns
+        since = max((since, *(at for at in user_ns if at <= end_ns)))
+        longest = max(longest, end_ns - since)
     return longest
 
 

@@ -55,9 +55,11 @@ class Tracker:
     def observe(self, observation: Observation) -> list[Update]:
         """Take one record in, in the order its CPU wrote them."""
         record = observation.record
-        updates = []
+        updates: list[Update] = []
         stall = self._open.get(record.cpu)
         if stall and stall.seq != record.seq:
+            if not _is_later(record.seq, stall.seq):
+                return updates
             updates.append(self._resolve(stall, Ended.LOST, stall.last_ns, record.time_ns))
             stall = None
         if stall is None:
@@ -80,9 +82,9 @@ class Tracker:
         return updates
 
     def look_back(self, cpu: int) -> Lookback | None:
-        """Look now at what ran before the stall that goes on there: its last line will want it.
+        """What ran before the stall that goes on there, which its last line will want.
 
-        None: no stall goes on there.
+        Whoever reads it has it looked at. None: no stall goes on there.
         """
         stall = self._open.get(cpu)
         return None if stall is None else self._lookback(stall)
@@ -134,8 +136,7 @@ class Tracker:
 
     def _is_new(self, cpu: int, seq: int) -> bool:
         last = self._last_seq.get(cpu)
-        # 32-bit numbers wrap.
-        return last is None or 0 < (seq - last) & 0xFFFFFFFF < 1 << 31
+        return last is None or _is_later(seq, last)
 
     def _worth_a_line(self, stall: Stall) -> bool:
         if stall.ongoing >= MAX_ONGOING:
@@ -218,3 +219,8 @@ class Tracker:
             ended=ended,
             record_ns=stall.last_ns if record_ns is None else record_ns,
         )
+
+
+def _is_later(seq: int, than: int) -> bool:
+    """Numbers of 32 bits wrap."""
+    return 0 < (seq - than) & 0xFFFFFFFF < 1 << 31

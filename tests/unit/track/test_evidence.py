@@ -349,6 +349,15 @@ def test_user_code_between_the_samples(at_ms: tuple[int, ...], ms: int) -> None:
     assert longest_in_kernel_ns(records, None, given.user_ticks_ns()) == ms * MS
 
 
+@pytest.mark.parametrize(("at_ms", "ms"), [((), 70), ((44, 68), 40), ((20, 44), 26)])
+def test_user_code_after_the_last_sample(at_ms: tuple[int, ...], ms: int) -> None:
+    """Nor was the task in the kernel from the last sample to the end, if ticks found it outside."""
+    records = [sample(1, 12), sample(2, 40)]
+    end = close(1, 70, switches=0)
+    given = stall(*records, end, meanwhile=[tick(at, kind=TickKind.USER, stack=()) for at in at_ms])
+    assert longest_in_kernel_ns(records, end, given.user_ticks_ns()) == ms * MS
+
+
 def test_a_walk_that_ended_early() -> None:
     """A stack that does not reach the task's base stands behind one that does."""
     whole = ("spin+0x10", "do_syscall_64+0x5", "entry_SYSCALL_64_after_hwframe+0x76")

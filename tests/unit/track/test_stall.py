@@ -181,6 +181,16 @@ def test_nothing_after_resolved(seq: int) -> None:
     assert not given.open
 
 
+@pytest.mark.parametrize("seq", [0, 0xFFFFFFFF])
+def test_a_late_record(seq: int) -> None:
+    """A record of an older stall does not end the one that goes on."""
+    given = tracker()
+    lines = feed(given, sample(1, 12), close(2, 13, seq=seq), sample(2, 40), close(3, 50))
+    assert {u.seq for u in lines} == {1}
+    assert [u.phase for u in lines] == [Phase.ONGOING, Phase.RESOLVED]
+    assert lines[-1].ended is Ended.RECORD
+
+
 def test_numbers_wrap() -> None:
     """After number 0xffffffff comes 0."""
     given = tracker()
