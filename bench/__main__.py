@@ -5,7 +5,7 @@
 
 ``make bench`` runs it. Some ten minutes on a machine that does nothing else. A part of the modules
 is written nowhere unless ``--results`` names a file. The long runs, which some of the goals are
-about, take an hour each; each has its own file, bench/RESULTS-RUN.md.
+about, take an hour each, fidelity some minutes; each has its own file, bench/RESULTS-RUN.md.
 """
 
 from __future__ import annotations

@@ -173,11 +173,6 @@ def costs(sides: Mapping[str, Programs]) -> dict[tuple[str, str, str], Cost]:
     }
 
 
-def attached_programs(pid: int) -> set[int]:
-    """Ids of the programs behind the links that a process holds."""
-    return {int(info["prog_id"]) for info in _fdinfo(pid) if "link_type" in info}
-
-
 def _held_by(pid: int) -> tuple[list[dict[str, str]], set[int]]:
     """What the kernel tells of its links, and the ids of its maps."""
     infos = _fdinfo(pid)

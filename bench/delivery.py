@@ -11,6 +11,7 @@ is what that alone takes, of a program that writes the time at the same pace: it
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from tests.kernel.daemon import STALLED_CPU as CPU
 from tests.kernel.daemon import monotonic_ns
 
 STALLS, RECORDS, PER_SECOND = 100, 1000, 250
+FEWEST = 100
+"""For a 99th percentile."""
 _WRITER = f"""
 import os, sys, time
 os.sched_setaffinity(0, os.sched_getaffinity(0) - {{{CPU}}} or {{{CPU}}})
@@ -41,6 +44,7 @@ def measure(stalls: int = STALLS, records: int = RECORDS) -> list[Row]:
         with Daemon() as daemon, busy(load):
             told = inject(daemon, stalls)
             lines = [line for one in told for line in one.lines]
+            unresolved = sum(not one.resolved for one in told)
             since = daemon.lines.mark()
             with RecordSource(daemon.pid, CPU) as source:
                 sent = source.flow(PER_SECOND, records / PER_SECOND, burst=1)
@@ -48,11 +52,10 @@ def measure(stalls: int = STALLS, records: int = RECORDS) -> list[Row]:
             made = [e for e in daemon.lines.events(since) if _is_made(e)]
         with busy(load):
             alone = pipe_us()
-        why = f"{sent.lost} lost" if sent.lost else ""
-        rows += _rows(f"record made to line written, {what}: injected stalls", lines, alone, "")
-        rows += _rows(
-            f"record made to line written, {what}: {PER_SECOND} records/s", made, alone, why
-        )
+        missing = sent.sent + sent.lost - len(made)
+        name = f"record made to line written, {what}"
+        rows += _rows(f"{name}: injected stalls", lines, alone, unresolved)
+        rows += _rows(f"{name}: {PER_SECOND} records/s", made, alone, missing)
     return rows
 
 
@@ -75,11 +78,14 @@ def _is_made(event: Event) -> bool:
     return blocker is not None and bool(blocker["comm"] == "synthetic")
 
 
-def _rows(name: str, lines: Sequence[Event], alone: list[float], why: str) -> list[Row]:
-    found = [latency_us(line) for line in lines]
+def _rows(name: str, lines: Sequence[Event], alone: list[float], missing: int) -> list[Row]:
+    """A line that did not come has taken for ever."""
+    found = [latency_us(line) for line in lines] + [math.inf] * missing
     goals = (("p50", 0.5, MEDIAN_GOAL), ("p99", 0.99, P99_GOAL))
-    if not found:
-        return [unmeasured(f"{name}, {part}", "no line came", goal) for part, _, goal in goals]
+    if len(found) < FEWEST:
+        why = f"only {len(lines)} lines came"
+        return [unmeasured(f"{name}, {part}", why, goal) for part, _, goal in goals]
+    why = f"{missing} lines did not come" if missing else ""
     return [
         row(
             f"{name}, {part}",

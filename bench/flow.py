@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench.row import quantile
 from tests.service.flow import Flow, Result
 
 
@@ -24,9 +25,8 @@ def _seconds_of_cpu(pid: int) -> float:
 
 
 def _quantiles(values: list[float]) -> str:
-    ordered = sorted(values) or [0.0]
-    picked = [ordered[min(len(ordered) - 1, int(len(ordered) * q))] for q in (0.5, 0.99)]
-    return f"p50 {picked[0]:.1f} p99 {picked[1]:.1f} max {ordered[-1]:.1f} ms"
+    p50, p99, most = (quantile(values, part) if values else 0.0 for part in (0.5, 0.99, 1.0))
+    return f"p50 {p50:.1f} p99 {p99:.1f} max {most:.1f} ms"
 
 
 def _report(result: Result) -> bool:

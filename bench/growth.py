@@ -93,7 +93,7 @@ def of_cpus(cpus: int) -> Iterator[Row]:
     yield row(
         f"perf buffers of {cpus} CPUs",
         _mib(kib / online * cpus),
-        reference=plain(round(kib / 1024, 1), f"MiB of {online}"),
+        reference=plain(kib / 1024, f"MiB of {online}"),
         why=f"{kib / online:.0f} KiB and {descriptors / online:g} descriptors for each CPU",
     )
 
@@ -164,17 +164,22 @@ def stalls_per_second() -> Iterator[Row]:
             each_us = _each_us(daemon, source, rate)
             yield row(
                 f"CPU time at {rate} stalls/s, each told",
-                plain(round(each_us * rate / 1e4, 2), "% of a core"),
+                plain(each_us * rate / 1e4, "% of a core"),
                 why=f"{each_us:.0f} us for each",
             )
 
 
 def _each_us(daemon: Piped, source: RecordSource, rate: int) -> float:
+    daemon.lines.forget()
     used = cpu_s(daemon.pid)
     # The last ones are read a moment later.
     sent = source.flow(rate, SECONDS, burst=max(1, rate // 100))
     time.sleep(0.3)
-    return (cpu_s(daemon.pid) - used) * 1e6 / max(1, sent.sent)
+    spent_s = cpu_s(daemon.pid) - used
+    told = daemon.lines.forget().count(b'"synthetic"')
+    if told != sent.sent or sent.lost or not told:
+        raise BenchError(f"of {sent.sent} stalls {told} were told, {sent.lost} were lost")
+    return spent_s * 1e6 / told
 
 
 def readers() -> Iterator[Row]:
@@ -229,8 +234,8 @@ def cgroups() -> Iterator[Row]:
     few, many = took
     yield row(
         name,
-        plain(round(many, 1), "ms"),
-        reference=plain(round(few, 1), "ms for a tenth of them"),
+        plain(many, "ms"),
+        reference=plain(few, "ms for a tenth of them"),
         why="pauses included, in a thread for which no line waits; once a second at most",
     )
 
@@ -261,7 +266,7 @@ def _read_ms(path: Path, lines: Sequence[bytes]) -> float:
 
 
 def _mib(kib: float) -> Figure:
-    return plain(round(kib / 1024, 1), "MiB")
+    return plain(kib / 1024, "MiB")
 
 
 if __name__ == "__main__":

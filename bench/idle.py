@@ -20,13 +20,16 @@ from bench.command import run
 from bench.processes import Daemon, cpu_s, switches
 from bench.row import Figure, Goal, Row, differences, plain, row, spread
 
-ROUNDS, SECONDS = 4, 20.0
+ROUNDS, SECONDS = 4, 33.0
 SETTLE_S = 3.0
 """After a start and after an end."""
 CPU_GOAL = Goal(0.05, "% of a core")
 INTERRUPTS_GOAL = "0 /s"
-RESTLESS = 0.05
-"""Where the interrupts of an idle machine differ by more than this part, it is not idle."""
+NONE_PER_S = 0.5
+"""So many more are none."""
+# Student's t: 95 % of the differences' mean lie within so many standard errors, by degrees of
+# freedom.
+_T95 = (12.7, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 class Counts(NamedTuple):
@@ -104,26 +107,23 @@ def measure(rounds: int = ROUNDS, seconds: float = SECONDS) -> list[Row]:
 
 
 def _per_minute(quiet: list[Quiet]) -> Figure:
-    return plain(round(sum(one.wakeups for one in quiet) / len(quiet) * 60, 1), "a minute")
+    return plain(sum(one.wakeups for one in quiet) / len(quiet) * 60, "a minute")
 
 
 def _interrupts(without: list[Quiet], with_it: list[Quiet], told: str) -> Row:
     made = _compared("interrupts on an idle machine", "interrupts", without, with_it)
-    alone = [one.interrupts for one in without]
     more = [a.interrupts - b.interrupts for a, b in zip(with_it, without, strict=True)]
-    restless = len(alone) < 2 or max(alone) - min(alone) > RESTLESS * max(alone)
-    if restless:
-        why = (
-            f"nothing can be said: without the daemon {len(alone)} rounds lie between "
-            f"{min(alone):.1f} and {max(alone):.1f} /s, so this machine is not idle"
-        )
-        return made._replace(goal=INTERRUPTS_GOAL, reached=None, why=why)
-    mean, error = statistics.mean(more), statistics.stdev(more) / math.sqrt(len(more))
-    why = (
-        f"{told}; in the mean {mean:+.2f} /s, standard error {error:.2f}; reached: within two of "
-        "these of none"
-    )
-    return made._replace(goal=INTERRUPTS_GOAL, reached=mean <= 2 * error, why=why)
+    mean, error = statistics.mean(more), math.inf
+    if len(more) > 1:
+        degrees = min(len(more) - 1, len(_T95))
+        error = _T95[degrees - 1] * statistics.stdev(more) / math.sqrt(len(more))
+    why = f"{told}; with 95 % certainty between {mean - error:+.2f} and {mean + error:+.2f} /s"
+    if mean + error <= NONE_PER_S:
+        return made._replace(goal=INTERRUPTS_GOAL, reached=True, why=why)
+    if mean - error > 0:
+        return made._replace(goal=INTERRUPTS_GOAL, reached=False, why=why)
+    why += f", so it cannot be told from none, nor from more than {NONE_PER_S:g} /s"
+    return made._replace(goal=INTERRUPTS_GOAL, reached=None, why=why)
 
 
 def _compared(name: str, what: str, without: list[Quiet], with_it: list[Quiet]) -> Row:

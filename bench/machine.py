@@ -15,6 +15,8 @@ from stalld.host import is_virtual
 
 _ROOT = Path(__file__).parents[1]
 _STEAL_COLUMN = 8
+_MEASURED = ("stalld", "bpf", "bench", "tests/injector", ":!bench/RESULTS*")
+"""What the results depend on, but for themselves."""
 
 
 def describe() -> list[str]:
@@ -48,5 +50,5 @@ def _commit() -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    changed = ", changed" if git("status", "--porcelain", "--", "stalld", "bpf") else ""
+    changed = ", changed" if git("status", "--porcelain", "--", *_MEASURED) else ""
     return f"({git('rev-parse', '--short', 'HEAD') or 'no git'}{changed})"

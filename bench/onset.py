@@ -4,9 +4,9 @@
 
 Real stalls, on an idle machine and with a task that never sleeps on every CPU. Of a long handler
 the injector itself knows when it began (the program in the handler reads the clock first); of a
-task with bottom halves off that moment is when the first softirq was raised in vain, which only the
-daemon saw: `started_at`. Pings come every 2 ms and ticks besides, so it is believed as far as that;
-later than one of each after the injector's begin it counts from there. The line's end is read from
+task with bottom halves off that moment is when the first softirq was raised in vain: `started_at`,
+as the daemon says, but not later than the first packet that was sent to that CPU meanwhile (one is
+every 2 ms) was there. The line's end is read from
 a pipe by a real-time thread on another CPU. A stall that had no line while it went on counts with
 the time for which there was none.
 """
@@ -21,11 +21,12 @@ from bench.processes import Daemon
 from bench.row import Goal, Row, latency, plain, row
 from bench.stalls import Told, busy, inject
 from stalld.detector import tick_ns
-from tests.injector import Kind, Mode
-from tests.injector.pressure import LOADS
+from tests.injector import Kind
 from tests.kernel.daemon import THRESHOLD_MS, monotonic_ns
 
 STALLS = 150
+ON_THE_WAY_NS = 200_000
+"""From a packet's sending until it has raised the softirq."""
 
 
 def measure(stalls: int = STALLS) -> list[Row]:
@@ -44,10 +45,8 @@ def onset_ms(told: Told) -> float:
     if line is None:
         return (told.truth.end_ns - began_ns) / 1e6 - THRESHOLD_MS
     if told.truth.kind is Kind.BH_OFF:
-        raised_ns = monotonic_ns(line["started_at"])
-        latest_ns = began_ns + LOADS[Mode.PING].interval_ms * 1e6 + tick_ns()
-        if began_ns < raised_ns <= latest_ns:
-            began_ns = raised_ns
+        latest_ns = began_ns if told.pinged_ns is None else told.pinged_ns + ON_THE_WAY_NS
+        began_ns = max(began_ns, min(monotonic_ns(line["started_at"]), latest_ns))
     return float(line["read_ns"] - began_ns) / 1e6 - THRESHOLD_MS
 
 

@@ -63,10 +63,6 @@ class Lines:
         """Wait for the end of the pipe."""
         self._thread.join(_END_S)
 
-    def count(self, needle: bytes) -> int:
-        """How often that stands in what has come; not across two reads."""
-        return sum(chunk.data.count(needle) for chunk in self._chunks)
-
     def events(self, since: int = 0) -> list[Event]:
         """All whole lines, parsed; ``read_ns`` is when the line's end came.
 
@@ -242,9 +238,11 @@ class Tool:
             os.close(theirs)
             try:
                 self._wait(ours, began + START_TIMEOUT_S)
-            except BenchError as error:
+            except BaseException as error:
                 os.close(ours)
                 end(self.process)
+                if not isinstance(error, BenchError):
+                    raise
                 log.seek(0)
                 said = log.read().decode(errors="replace").strip().splitlines()[-1:]
                 raise BenchError(f"{error}: {' '.join(said)}") from None
@@ -366,6 +364,8 @@ def loaded(cpus: Sequence[int]) -> Iterator[None]:
     try:
         time.sleep(0.3)
         yield
+        if any(burner.poll() is not None for burner in burners):
+            raise BenchError("a task that was to load a CPU has ended")
     finally:
         for burner in burners:
             burner.send_signal(signal.SIGKILL)

@@ -9,10 +9,11 @@ from typing import Literal, NamedTuple
 
 
 class Figure(NamedTuple):
-    """Something measured: what is judged, and how it is told."""
+    """Something measured: what is judged, how it is told, and the lower quartile if known."""
 
     value: float
     text: str
+    low: float = math.nan
 
 
 class Goal(NamedTuple):
@@ -113,11 +114,12 @@ def spread(values: Sequence[float], unit: str, plus: bool = False) -> Figure:
     median = statistics.median(values)
     sign = "+" if plus else ""
     text = f"{median:{sign}.{_places(median)}f}"
+    low = math.nan
     if len(values) > 1:
         low, _, high = statistics.quantiles(values, n=4, method="inclusive")
         places = _places(max(abs(low), abs(high)))
         text += f" ({low:.{places}f} … {high:.{places}f})"
-    return Figure(median, f"{text} {unit}")
+    return Figure(median, f"{text} {unit}", low)
 
 
 def latency(values: Sequence[float], unit: str, judged: float) -> Figure:
@@ -154,7 +156,7 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Figure:
 
 def ratio(ours: Figure, theirs: Figure) -> Figure:
     """Of the medians, where single rounds are too noisy to divide."""
-    if not theirs.value > 0:
+    if not theirs.value > 0 or theirs.low <= 0:
         return Figure(math.nan, "not known: the reference is lost in the noise")
     return plain(ours.value / theirs.value, "×")
 

@@ -61,7 +61,8 @@ def dd() -> subprocess.Popen[bytes]:
     """Writes to disk, and waits for it."""
     file = Path(tempfile.gettempdir(), f"soak-{os.getpid()}")
     write = f"dd if=/dev/zero of={file} bs=1M count=512 conv=fdatasync"
-    return start("dd", "sh", "-c", f"trap 'rm -f {file}; exit' TERM; while {write}; do :; done")
+    trap = f"trap 'rm -f {file}' EXIT; trap exit TERM"
+    return start("dd", "sh", "-c", f"{trap}; while {write}; do :; done")
 
 
 def flood() -> subprocess.Popen[bytes]:
@@ -84,9 +85,7 @@ LOADS: dict[str, Callable[[], subprocess.Popen[bytes]]] = {
 
 
 def end(load: subprocess.Popen[bytes]) -> None:
-    """End a load with its children; may be called twice."""
-    if load.returncode is not None:
-        return
+    """End a load with its children, also where itself has ended."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(load.pid, number)

@@ -21,10 +21,19 @@ GAP_MS = (30.0, 70.0)
 
 
 class Told(NamedTuple):
-    """An injected stall, and the lines about it: ongoing ones, and the last."""
+    """An injected stall, and the lines about it: ongoing ones, and the last.
+
+    ``pinged_ns``: when the first packet was sent that it held up; None: there was none.
+    """
 
     truth: Truth
     lines: list[Event]
+    pinged_ns: int | None
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the last line came."""
+        return bool(self.lines) and bool(self.lines[-1]["phase"] == "resolved")
 
     @property
     def first_ongoing(self) -> Event | None:
@@ -61,8 +70,13 @@ def inject(daemon: Daemon, stalls: int, seed: int = 1) -> list[Told]:
             truths.append(injector.inject(kind, numbers.uniform(*LENGTH_MS), pressure=pressure))
             time.sleep(numbers.uniform(*GAP_MS) / 1e3)
         time.sleep(0.3)
+        pings = [probe.send_ns for one in pressures.values() for probe in one.probes()]
     events = [e for e in daemon.lines.events(since) if e["event"] == "stall"]
-    return [Told(truth, _about(truth, events)) for truth in truths]
+    return [Told(truth, _about(truth, events), _first(truth, pings)) for truth in truths]
+
+
+def _first(truth: Truth, pings: list[int]) -> int | None:
+    return min((ns for ns in pings if truth.start_ns <= ns < truth.end_ns), default=None)
 
 
 def _about(truth: Truth, events: list[Event]) -> list[Event]:

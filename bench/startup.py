@@ -65,7 +65,9 @@ def measure(rounds: int = ROUNDS) -> list[Row]:
         if len(seconds[name]) != rounds:
             rows.append(unmeasured(full, f"it did not start each time: {missing[name]}", goal))
             continue
-        stands_in = f"bench/bcc_tool.py stands in: {missing[name]}" if name in missing else ""
+        why = f"{rounds} rounds"
+        if name in missing:
+            why += f"; bench/bcc_tool.py stands in: {missing[name]}"
         rows.append(
             row(
                 full,
@@ -73,7 +75,7 @@ def measure(rounds: int = ROUNDS) -> list[Row]:
                 reference=spread(seconds[name], "s"),
                 against=ratios(seconds["ours"], seconds[name]),
                 goal=goal,
-                why=stands_in,
+                why=why,
             )
         )
     return rows

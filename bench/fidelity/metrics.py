@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from bench.fidelity.judge import Judgement
 from bench.fidelity.truth import Injected
+from bench.row import quantile
 from tests.injector.kinds import Kind
 
 MISSED = "missed"
@@ -117,9 +117,3 @@ def spread(numbers: Sequence[float]) -> Spread | None:
     if not numbers:
         return None
     return Spread(quantile(numbers, 0.5), quantile(numbers, 0.99), max(numbers))
-
-
-def quantile(numbers: Sequence[float], part: float) -> float:
-    """The smallest of the numbers that at least ``part`` of them do not exceed."""
-    ordered = sorted(numbers)
-    return ordered[max(0, math.ceil(part * len(ordered)) - 1)]

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from bench.fidelity.metrics import Share, Spread, quantile, spread
+from bench.fidelity.metrics import Share, Spread, spread
 from bench.fidelity.report import Report, report, text, to_json
 from bench.fidelity.truth import Injected, Said
+from bench.row import quantile
 from tests.injector.kinds import Kind
 from tests.unit.bench.make import MS, injected, line, run, said, wait
 
@@ -62,8 +63,8 @@ def test_text() -> None:
     assert "nobody else saw it: 2026-01-02T03:04:05.678901Z 30 ms stuck_in_kernel" in said_text
     assert "Stalls told on other CPUs, not judged: 1" in said_text
     assert said_text.splitlines()[-1] == (
-        "Goals: NOT reached: counted stalls: 2 of 3; recall: 50.0 %, goal 99 %; "
-        "blame: 50.0 %, goal 99 %; verdict: 50.0 %, goal 97 %; "
+        "Goals: NOT reached: counted stalls: 2 of 3; recall: 50.0 %, goal 100 %; "
+        "blame: 50.0 %, goal 99 %; function: 50.0 %, goal 99 %; verdict: 50.0 %, goal 97 %; "
         "possible false accusations: 1, goal 0"
     )
 
@@ -77,7 +78,7 @@ def test_all_goals_reached() -> None:
 
 def test_nothing_proves_nothing() -> None:
     """Without a single stall no goal is reached."""
-    assert len(report(run([], [])).missed_goals) == 3
+    assert len(report(run([], [])).missed_goals) == 4
     assert text(report(run([], []))).splitlines()[-1].startswith("Goals: NOT reached")
 
 

@@ -25,7 +25,7 @@ from bench.row import (
 def test_spread() -> None:
     """The median counts; the quartiles stand beside it."""
     figure = spread([3.0, 1.0, 2.0, 5.0, 4.0], "ns")
-    assert figure == Figure(3.0, "3.00 (2.00 … 4.00) ns")
+    assert figure == Figure(3.0, "3.00 (2.00 … 4.00) ns", 2.0)
     assert spread([7.0], "ns").text == "7.00 ns"
     assert math.isnan(spread([], "ns").value)
 
@@ -41,6 +41,7 @@ def test_ratio_to_nothing() -> None:
     """A reference that is lost in the noise gives no ratio, and no goal is reached by it."""
     against = ratio(plain(5, "ns"), plain(-1, "ns"))
     assert "noise" in against.text
+    assert "noise" in ratio(plain(5, "ns"), spread([-2.0, 1.0, 3.0], "ns")).text
     goal = Goal(1.25, "×", "against")
     assert row("a", plain(5, "ns"), against=against, goal=goal).reached is False
 
