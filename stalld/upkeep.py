@@ -139,12 +139,17 @@ class Upkeep:
 
     async def _relearn(self) -> None:
         """Kernel threads come with new CPUs, and may be restarted."""
+        records = 0
         while True:
             await asyncio.sleep(LEARN_EVERY_S)
             self._look_at_cpus(())
             with self._reader.lock:
                 self._detector.learn()
                 self._detector.report()
+            if records != self._detector.pipeline.records:
+                # Lines that had to wait have left holes.
+                records = self._detector.pipeline.records
+                return_memory()
 
     async def _follow_hotplug(self) -> None:
         """CPUs go down or come up: read those that are there as soon as they are."""
