@@ -76,7 +76,7 @@ def statistics(hardware: list[Device]) -> Item:
         return Item(
             STATISTICS,
             State.DEGRADED,
-            reason_of(error),
+            f"RTM_GETSTATS: {reason_of(error)}",
             "no nic events come",
             "use Linux 4.7 or newer, and let the service use AF_NETLINK",
         )

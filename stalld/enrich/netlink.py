@@ -101,7 +101,7 @@ def link_stats() -> dict[int, LinkStats]:
                     return found
                 if kind == _NLMSG_ERROR:
                     (code,) = struct.unpack_from("=i", answer)
-                    raise OSError(-code, f"RTM_GETSTATS: {os.strerror(-code)}")
+                    raise OSError(-code, os.strerror(-code))
                 told = stats_of(answer) if kind == _RTM_NEWSTATS else None
                 if told is not None:
                     found[told[0]] = told[1]
