@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 done, 1 cannot run, 2 bad usage, 130 interrupted before anything began.
+        0 done, 1 cannot run, 2 bad usage, 130 interrupted where nothing has to be ended in order.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StalldError as error:
         _complain(error)
         return error.exit_code
-    except KeyboardInterrupt:  # Before anything was there to be ended in order.
+    except KeyboardInterrupt:  # The kernel takes down whatever `check` has attached.
         return 130
 
 

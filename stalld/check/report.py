@@ -7,7 +7,7 @@ import json
 import textwrap
 from dataclasses import asdict, dataclass
 
-from stalld.sinks.text import safe
+from stalld.sinks.text import escaped, safe
 
 SCHEMA = "softirq-stalld-check/1"
 _COLUMNS = 110
@@ -84,7 +84,7 @@ class Report:
 
     def to_json(self) -> str:
         """One object on one line."""
-        return json.dumps(
+        report = json.dumps(
             {
                 "schema": SCHEMA,
                 "version": self.version,
@@ -96,6 +96,7 @@ class Report:
                 "items": [asdict(item) for item in self.items],
             }
         )
+        return escaped(report.encode()).decode()
 
 
 def _with_remedy(item: Item) -> str:

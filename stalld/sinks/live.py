@@ -33,6 +33,7 @@ from stalld.live_request import MAX_HISTORY, MAX_REQUEST_BYTES, PROTOCOL, Reques
 from stalld.sinks.live_socket import Listener, SocketError, listen
 from stalld.sinks.outbox import Stats
 from stalld.sinks.sink import Context, DescriptorSink, Sink
+from stalld.sinks.text import escaped
 
 REQUEST_S = 5.0
 """So long a client may take to say what it wants."""
@@ -377,7 +378,8 @@ class LiveSink(Sink):
     def _greeting(self, replayed: int, forgotten: int) -> bytes:
         hello = {"live": PROTOCOL, **self._hello(), "instance": self._instance}
         hello |= {"clients": self.clients, "replayed": replayed, "forgotten": forgotten}
-        return orjson.dumps(hello) + b"\n"
+        # A file sink is called by its path.
+        return escaped(orjson.dumps(hello)) + b"\n"
 
     def _drop(self, client: _Client) -> None:
         """A client is gone, or has to."""
