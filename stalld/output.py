@@ -48,7 +48,7 @@ class Output:
             asyncio.get_running_loop(), self._take_trouble, self._gap_line, time.time_ns
         )
         self.hub = Hub(context, stdout_fd=stdout_fd, style=style, hello=hello, lock=lock)
-        self.emitter = Emitter(self.hub.publish, time.time_ns)
+        self.emitter = Emitter(self.hub.publish, time.time_ns, flush=self.hub.flush)
 
     async def apply(self, config: Config) -> None:
         """Have the sinks that the configuration names."""

@@ -147,6 +147,7 @@ class Pipeline:
             self._write(lines)
             if update.phase is Phase.ONGOING and any(line is update for line in lines):
                 # No line waits for it now.
+                self._emitter.flush()
                 before = self.tracker.look_back(update.cpu)
                 if before is not None:
                     events.lookback(before, before.started_ns)

@@ -18,7 +18,7 @@ import select
 import struct
 import threading
 from collections.abc import Callable, Container, Iterable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,6 +90,7 @@ class PerfReader:
             that reads. What the kernel had no room for it counts itself
             (``lost`` of ``struct cpu_state``).
         lock: one that a thread may take twice; its own without.
+        together: entered under ``lock`` around the records of one reading.
 
     Raises:
         StalldError: the buffers cannot be opened; the reason and the remedy.
@@ -101,12 +102,14 @@ class PerfReader:
         on_record: Callable[[bytes], None],
         pages: int = PAGES_PER_CPU,
         lock: AbstractContextManager[object, None] | None = None,
+        together: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._lib = libbpf()
         self._map_fd = map_fd
         self._on_record = on_record
         self._pages = pages
         self.lock = threading.RLock() if lock is None else lock
+        self._together = together
         self._errors: list[Exception] = []
         self._buffers: dict[int, int] = {}  # CPU -> struct perf_buffer *
         # libbpf keeps the callback's address, so we keep the callback.
@@ -171,9 +174,10 @@ class PerfReader:
             Exception: whatever a callback raised, once all are handed over.
         """
         with self.lock:
-            for cpu in self.cpus if cpus is None else cpus:
-                if cpu in self._buffers:
-                    self._consume(cpu)
+            with self._together():
+                for cpu in self.cpus if cpus is None else cpus:
+                    if cpu in self._buffers:
+                        self._consume(cpu)
             if self._errors:
                 error = self._errors[0]
                 self._errors.clear()

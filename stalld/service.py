@@ -182,7 +182,12 @@ class Service:
             inventory=netwatch.lookup,
         )
         self._resources.callback(self._detector.close)
-        reader = PerfReader(probes.fds["map:events"], self._detector.pipeline.take, lock=self._lock)
+        reader = PerfReader(
+            probes.fds["map:events"],
+            self._detector.pipeline.take,
+            lock=self._lock,
+            together=self._output.hub.together,
+        )
         self._reader = reader
         self._resources.callback(reader.close)
         self._upkeep = Upkeep(

@@ -27,14 +27,20 @@ class Emitter:
 
     Args:
         publish: takes the line, with its newline, and the event as a mapping.
+        flush: has those written that it may have kept back.
         wall_ns: CLOCK_REALTIME in ns.
         host: what the events call this host.
     """
 
     def __init__(
-        self, publish: Publish, wall_ns: Callable[[], int], host: str | None = None
+        self,
+        publish: Publish,
+        wall_ns: Callable[[], int],
+        host: str | None = None,
+        flush: Callable[[], object] = lambda: None,
     ) -> None:
         self._publish = publish
+        self.flush = flush
         self._frame = _Frame(wall_ns, host or socket.gethostname())
         self._logger = structlog.wrap_logger(
             self,

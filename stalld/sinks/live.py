@@ -195,11 +195,9 @@ class LiveSink(Sink):
         facts = Facts.of(event)
         with self._mutex:
             self._history.add(line, facts)
-            takers = [client for client in self._clients if client.wanted.passes(facts)]
-            for client in takers:
-                client.outbox.put(line)
-        for client in takers:
-            client.flush()
+            for client in self._clients:
+                if client.wanted.passes(facts):
+                    client.outbox.put(line)
 
     def flush(self) -> None:
         """Write what can be written without waiting."""

@@ -40,8 +40,8 @@ class Context(NamedTuple):
 class Sink(ABC):
     """One place that events go to.
 
-    :meth:`put` is called with the reader's lock held, in whichever thread read the record: it
-    must never wait. All else is called in the loop's thread.
+    :meth:`put` and :meth:`flush` are called with the reader's lock held, in whichever thread read
+    the record: they must never wait. All else is called in the loop's thread.
 
     Args:
         name: what operators know it by, such as ``tcp 127.0.0.1:6514``.
@@ -55,14 +55,13 @@ class Sink(ABC):
         self._troubled = False
 
     def put(self, line: bytes, event: Event) -> None:
-        """Take one event.
+        """Take one event, which :meth:`flush` writes.
 
         Args:
             line: its JSON, with the newline.
             event: the same as a mapping, not to be changed.
         """
         self.outbox.put(self.encode(line, event))
-        self.flush()
 
     def encode(self, line: bytes, event: Event) -> bytes:
         """What to write for an event."""

@@ -78,6 +78,7 @@ class Server:
         with self._lock:
             begun = time.perf_counter()
             self.sink.put(line, event)
+            self.sink.flush()
             self.put_s.append(time.perf_counter() - begun)
         self.lines.append(line)
 

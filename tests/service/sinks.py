@@ -76,6 +76,7 @@ class Running:
             with self._lock:
                 began = time.perf_counter()
                 self.sink.put(line, event)
+                self.sink.flush()
                 self.put_s.append(time.perf_counter() - began)
             events.append(event)
             self.count += 1

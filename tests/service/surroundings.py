@@ -76,7 +76,12 @@ class Loop:
 
     def emit(self, sink: Sink, number: int, **fields: Any) -> float:
         """Give a sink one event; how long that took, in seconds."""
-        self._publish = sink.put
+
+        def publish(line: bytes, event: Event) -> None:
+            sink.put(line, event)
+            sink.flush()
+
+        self._publish = publish
         begun = time.perf_counter()
         self.emitter.emit("records_lost", "warning", {"cpu": 0, "count": number, **fields})
         return time.perf_counter() - begun
