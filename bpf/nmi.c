@@ -25,9 +25,8 @@ int handle_nmi(struct bpf_perf_event_data *ctx)
 	u32 source = SOURCE_NMI;
 	u64 now, late;
 
-	/* The idle task waits with interrupts off, and that holds nothing up. source: state.h. */
-	if (!st || st->source != SOURCE_TICK || ctx->regs.flags & X86_EFLAGS_IF ||
-	    !(u32)bpf_get_current_pid_tgid())
+	/* The idle task waits with interrupts off, and that holds nothing up. */
+	if (!st || ctx->regs.flags & X86_EFLAGS_IF || !(u32)bpf_get_current_pid_tgid())
 		return 0;
 	cfg = watch();
 	if (!cfg || !cfg->threshold_ns || !st->last_tick_ns)
@@ -36,7 +35,7 @@ int handle_nmi(struct bpf_perf_event_data *ctx)
 	if (now - st->last_tick_ns < cfg->threshold_ns)
 		return 0;
 	late = tick_lateness(st, false, now);
-	if (late < cfg->threshold_ns)
+	if (late < cfg->threshold_ns || has_turn(st->source, cfg, now))
 		return 0;
 	begin(st, cfg, now - late, now, any_waiting(st));
 	st->late_ns = max_u63(st->late_ns, late);

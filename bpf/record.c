@@ -238,7 +238,7 @@ int handle_record(struct bpf_raw_tracepoint_args *ctx)
 	else if (source == SOURCE_EXIT)
 		service_ends(st, vec, now);
 	/* A tick that interrupts another one's rare part looks at what is half done: the next will. */
-	if (!cfg->threshold_ns || (source == SOURCE_TICK && rec->source != SOURCE_TICK))
+	if (!cfg->threshold_ns || (source == SOURCE_TICK && has_turn(rec->source, cfg, now)))
 		goto out;
 	if (source == SOURCE_TICK) {
 		type = look(st, cfg, now);

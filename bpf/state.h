@@ -276,6 +276,18 @@ static __always_inline u64 net_rx_so_far(struct cpu_state *st, u64 now)
 }
 
 /*
+ * Is the rare part of owner's program going on? It takes microseconds. Where programs can be
+ * preempted in it (PREEMPT_RT, from Linux 7.0 on) it may take as long as whoever did that likes:
+ * a tick must not wait for it then.
+ */
+static __always_inline bool has_turn(u32 owner, struct watch_config *cfg, u64 now)
+{
+	struct stall_record *rec = scratch.lookup(&owner);
+
+	return owner != SOURCE_TICK && rec && now - rec->time_ns < cfg->threshold_ns;
+}
+
+/*
  * The rare part, in handle_record: this program ends here. since: when what
  * was waited for began, 0 if that is not yet known to be a stall. which: the
  * waiter, for SOURCE_SWITCH.
@@ -292,7 +304,8 @@ static __always_inline void record(void *ctx, struct cpu_state *st, u32 source, 
 	rec->sample_nr = which;
 	/*
 	 * The turn. Whom a tick interrupted gets it back when the tick's is over; SOURCE_TICK, which
-	 * is 0: nobody was interrupted. While another one has it no tick and no NMI begins a stall.
+	 * is 0: nobody was interrupted. While another one has it (has_turn()) no tick and no NMI
+	 * begins a stall.
 	 */
 	rec->source = st->source;
 	st->source = source;
