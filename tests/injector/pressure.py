@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Self
@@ -13,6 +14,7 @@ from tests.injector.child import Child
 from tests.injector.kinds import InjectorError, Mode
 from tests.injector.system import other_cpu
 
+_ANSWER_S = 10.0
 PROBE = struct.Struct("=QQ")
 """send_ns, rtt_ns; rtt_ns is 0 until the answer is there."""
 
@@ -111,7 +113,17 @@ class Pressure:
             self.close()
             raise
         self.interface = answer["interface"]
+        if self.mode is Mode.PING:
+            self._wait_for_an_answer()
         return self
+
+    def _wait_for_an_answer(self) -> None:
+        deadline = time.monotonic() + _ANSWER_S
+        while not any(probe.rtt_ns for probe in self.probes()):
+            if time.monotonic() > deadline:
+                self.close()
+                raise InjectorError(f"no ping was answered in {_ANSWER_S:g} s")
+            time.sleep(0.002)
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import subprocess
+import traceback
 from collections.abc import Callable, Sequence
 
 from tests.injector.kinds import InjectorError, UnsupportedError
@@ -127,6 +128,10 @@ def fork_task(comm: str, cpu: int, task: Callable[[], object]) -> int:
         set_comm(comm)
         pin(cpu)
         task()
+    except BaseException:
+        # Nobody else would tell.
+        traceback.print_exc()
+        raise
     finally:
         os._exit(1)
 

@@ -11,7 +11,7 @@ import pytest
 from bench.bpf import Programs, costs, empty, statistics_enabled
 from bench.hot_path import our_name
 from bench.loads import Flood
-from bench.processes import Daemon, Tool, bcc_tool, our_programs
+from bench.processes import Daemon, Event, Tool, bcc_tool, our_programs
 from stalld.probe.loader import PROGRAMS
 from tests.injector.records import RecordSource, Sent
 from tests.kernel.daemon import STALLED_CPU as CPU
@@ -94,8 +94,11 @@ def test_the_reference_reads_the_same_records() -> None:
     with bcc_tool() as tool:
         with RecordSource(tool.pid, CPU) as source:
             assert source.send(50) == Sent(50, 0)
-        time.sleep(0.5)
-        made = [e for e in tool.lines.events() if e.get("comm") == "synthetic"]
+        deadline = time.monotonic() + 5
+        made: list[Event] = []
+        while len(made) < 50 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            made = [e for e in tool.lines.events() if e.get("comm") == "synthetic"]
     assert len(made) == 50
     assert {e["time_ns"] - e["started_ns"] for e in made} == {20_000_000}
     assert {e["cpu"] for e in made} == {CPU}

@@ -111,12 +111,16 @@ def test_broken_pipe_ends_it() -> None:
     with subprocess.Popen(
         [COMMAND, "run", "--config", UNLIMITED], stdout=writing, stderr=subprocess.PIPE, text=True
     ) as process:
-        os.close(writing)
-        assert b"started" in os.read(reading, 1 << 16)
-        os.close(reading)
-        with Injector(CPU) as injector, Pressure(CPU, Mode.PING) as pressure:
-            injector.inject(Kind.BH_OFF, 50, pressure=pressure)
-        assert process.wait(slow(5)) == 1
+        try:
+            os.close(writing)
+            assert b"started" in os.read(reading, 1 << 16)
+            os.close(reading)
+            with Injector(CPU) as injector, Pressure(CPU, Mode.PING) as pressure:
+                injector.inject(Kind.BH_OFF, 50, pressure=pressure)
+            assert process.wait(slow(5)) == 1
+        finally:
+            # It would be waited for without end.
+            process.kill()
         assert process.stderr is not None
         said = process.stderr.read()
     assert "standard output" in said

@@ -145,6 +145,7 @@ def hotplug() -> Iterator[Hotplug]:
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Programs]:
     monkeypatch.setattr(build, "SOURCES", tmp_path)
+    monkeypatch.setattr(build, "_cache", lambda: tmp_path)
     (tmp_path / "readers.bpf.c").write_text(SOURCE)
     with Programs(build.compiled("readers")) as loaded:
         yield loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -17,9 +18,17 @@ SHOWN = 5
 """Of identical stalls in a minute; the default of storm.identical_per_minute."""
 
 
-def test_identical_stalls_are_folded() -> None:
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    """The default limits, and no socket outside of the test."""
+    path = tmp_path / "config.toml"
+    path.write_text("live.enabled = false\n")
+    return str(path)
+
+
+def test_identical_stalls_are_folded(config: str) -> None:
     """After the first few, identical stalls become one line with their number and time."""
-    with Daemon("--threshold-ms", "10", "--config", "/dev/null") as daemon:
+    with Daemon("--threshold-ms", "10", "--config", config) as daemon:
         with Injector(CPU) as injector, Pressure(CPU, Mode.PING) as pressure:
             truths = []
             for _ in range(STALLS):
@@ -49,9 +58,9 @@ def test_identical_stalls_are_folded() -> None:
     )
 
 
-def test_the_kernel_limits_what_it_sends() -> None:
+def test_the_kernel_limits_what_it_sends(config: str) -> None:
     """Beyond the limit of a second stalls are counted in the kernel, and told in time."""
-    with Daemon("--threshold-ms", "5", "--config", "/dev/null") as daemon:
+    with Daemon("--threshold-ms", "5", "--config", config) as daemon:
         with Injector(CPU) as injector, Pressure(CPU, Mode.PING) as pressure:
             truths = [injector.inject(Kind.BH_OFF, 14, pressure=pressure) for _ in range(120)]
         told = daemon.wait_for(

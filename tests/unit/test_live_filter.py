@@ -151,9 +151,9 @@ def test_bad_filters(request_: dict[str, Any], fault: str) -> None:
 def test_hostile_patterns_take_no_time() -> None:
     """Many stars do not make matching explode."""
     wanted = Filter.from_request({"comm": ["*a" * 32] * MAX_PATTERNS})
-    began = time.perf_counter()
+    began = time.thread_time()
     assert not wanted.passes(Facts.of(STALL | {"blocker": {"comm": "a" * 31 + "b" * 64}}))
-    assert time.perf_counter() - began < 0.1
+    assert time.thread_time() - began < 0.1
 
 
 def test_whole_request() -> None:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from tests.vm import boot, module, outcome, report, suites
 from tests.vm.fetch import fetch
@@ -47,8 +48,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(kernel: Kernel, options: argparse.Namespace, results: Path) -> outcome.Outcome:
     """One kernel, whatever becomes of it."""
-    if options.keep and (before := outcome.read_again(kernel.name, results)) and before.good:
-        return before
+    if options.keep and (before := outcome.read_again(kernel.name, results)):
+        before = before.without_skips(kernel.may_skip)
+        if before.good:
+            return before
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir(parents=True)
     guest = [sys.executable, "-m", "tests.vm.guest", str(results), options.suite]
@@ -57,14 +60,7 @@ def run(kernel: Kernel, options: argparse.Namespace, results: Path) -> outcome.O
     try:
         if kernel.name == RUNNING:
             with (results / "tests.log").open("wb") as log:
-                subprocess.run(
-                    [*guest, "here"],
-                    stdout=log,
-                    stderr=log,
-                    check=False,
-                    timeout=options.timeout_s,
-                    cwd=boot.ROOT,
-                )
+                _run_here([*guest, "here"], log, options.timeout_s)
         else:
             fetched = fetch(kernel, cache_directory(), refresh=options.refresh)
             command = [*guest, "guest"]
@@ -86,7 +82,24 @@ def run(kernel: Kernel, options: argparse.Namespace, results: Path) -> outcome.O
                     print(f"    the emulator failed ({failed or 'stale code'})", flush=True)
     except (KernelsError, subprocess.TimeoutExpired) as error:
         failed = str(error)
-    return outcome.read(kernel.name, results, failed, time.monotonic() - began)
+    found = outcome.read(kernel.name, results, failed, time.monotonic() - began)
+    return found.without_skips(kernel.may_skip)
+
+
+def _run_here(command: list[str], log: IO[bytes], timeout_s: float) -> None:
+    """On this machine; ended with all its children when it takes too long.
+
+    Raises:
+        subprocess.TimeoutExpired: it did.
+    """
+    with subprocess.Popen(
+        command, stdout=log, stderr=log, cwd=boot.ROOT, start_new_session=True
+    ) as process:
+        try:
+            process.wait(timeout_s)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:

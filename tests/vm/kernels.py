@@ -17,6 +17,7 @@ class Kernel(NamedTuple):
     name: str
     suites: list[str]
     module: bool
+    may_skip: list[str]
     why: str
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +63,23 @@ class Outcome(NamedTuple):
             and self.count("passed") > 0
             and not self.count("failed")
         )
+
+    def without_skips(self, allowed: Sequence[str]) -> Outcome:
+        """The same, failed if a stall that this kernel can be given was skipped.
+
+        Args:
+            allowed: beginnings of the names that may be, as in ``kernels.toml``.
+        """
+        skipped = [
+            name
+            for case in self.cases
+            if case.result == "skipped" and "guest_tests." in case.name
+            for name in [case.name.rpartition("guest_tests.")[2]]
+            if not name.startswith(tuple(allowed))
+        ]
+        if self.failed or not skipped:
+            return self
+        return self._replace(failed=f"skipped, which this kernel gives no reason for: {skipped}")
 
     def count(self, result: str) -> int:
         """How many tests ended so."""

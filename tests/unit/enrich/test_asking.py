@@ -19,7 +19,7 @@ from stalld.enrich.procfs import GoneError, find_cgroup, read_task, unified_moun
 
 Tell = Callable[[Asked], None]
 FULL = Asked(b"a\0", 1, 2, b"p", None, (b"/x",))
-SLACK_S = 0.05
+SLACK_S = 0.5
 """Another process may have the CPU."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from stalld.enrich.ethtool import Ethtool
 from stalld.enrich.netlink import LinkNews, LinkStats, link_stats, messages, stats_of
 
+SYSFS = {"packets": "rx_packets", "dropped": "rx_dropped", "missed": "rx_missed_errors"}
 HEADER = struct.Struct("=IHHII")
 
 
@@ -60,14 +62,28 @@ def test_any_bytes(data: bytes) -> None:
         stats_of(body)
 
 
-def test_this_kernel() -> None:
-    """Every link of this namespace has its statistics, and they are those of sysfs."""
-    found = link_stats()
-    assert found.keys() == {index for index, _ in socket.if_nameindex()}
+def sysfs() -> dict[int, dict[str, int]]:
+    """The same from files, by index."""
+    found = {}
     for index, name in socket.if_nameindex():
         place = Path("/sys/class/net", name, "statistics")
-        for field, file in (("dropped", "rx_dropped"), ("missed", "rx_missed_errors")):
-            assert getattr(found[index], field) <= int((place / file).read_text())
+        with suppress(OSError):
+            found[index] = {f: int((place / file).read_text()) for f, file in SYSFS.items()}
+    return found
+
+
+def test_this_kernel() -> None:
+    """Every link of this namespace has its statistics, and they are those of sysfs."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+        out.sendto(b"one packet at least", ("127.0.0.1", 9))
+    before, found, after = sysfs(), link_stats(), sysfs()
+    # Links of a test before may still be going.
+    lasting = before.keys() & after.keys()
+    assert lasting <= found.keys()
+    assert found[socket.if_nametoindex("lo")].packets > 0
+    for index in lasting:
+        for field in SYSFS:
+            assert before[index][field] <= getattr(found[index], field) <= after[index][field]
 
 
 @pytest.fixture

@@ -147,3 +147,14 @@ def test_a_guest_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert failed == "not finished in 1 s"
     (tmp_path / "console.log").touch()
     assert not boot.emulator_failed(tmp_path, failed)
+
+
+def test_a_kind_that_was_skipped() -> None:
+    """A kernel is not good on which a stall was not made that can be made there."""
+    case = outcome.Case("tests.vm.guest_tests.test_each_kind::test_x", "skipped", "seldom", 1.0)
+    cases = [case._replace(result="passed"), case]
+    done = outcome.Outcome("6.1", "6.1", True, None, False, None, 0.0, 1.0, 1.0, cases)
+    assert done.good
+    assert done.without_skips(["test_each_kind::test_x", "other"]).good
+    assert not done.without_skips([]).good
+    assert "test_each_kind::test_x" in str(done.without_skips([]).failed)

@@ -65,6 +65,8 @@ def reader(name: str) -> Iterator[tuple[int, Callable[[], str]]]:
     asked, ask = os.pipe()
     told, tell = os.pipe()
     pid = system.fork_task("slow-reader", CPU, lambda: read_when_asked(name, asked, tell))
+    # So that reading ends if it does.
+    os.close(tell)
 
     def read_once() -> str:
         os.write(ask, b".")
@@ -74,7 +76,7 @@ def reader(name: str) -> Iterator[tuple[int, Callable[[], str]]]:
         yield pid, read_once
     finally:
         system.end_task(pid)
-        for fd in (asked, ask, told, tell):
+        for fd in (asked, ask, told):
             os.close(fd)
 
 
