@@ -24,7 +24,7 @@ static __always_inline void check_late(struct cpu_state *st, struct watch_config
 	u64 late = tick_lateness(st, true, now);
 
 	/* Whose rare part was interrupted when the tick was due: the CPU was away since. */
-	if (late < cfg->threshold_ns || has_turn(st->source, cfg, now - late))
+	if (late < cfg->threshold_ns || has_turn(st, st->source))
 		return;
 	begin(st, cfg, now - max_u63(late, oldest_overdue(st, cfg, now)), now, any_waiting(st));
 	st->late_ns = max_u63(st->late_ns, late);

@@ -35,7 +35,7 @@ int handle_nmi(struct bpf_perf_event_data *ctx)
 	if (now - st->last_tick_ns < cfg->threshold_ns)
 		return 0;
 	late = tick_lateness(st, false, now);
-	if (late < cfg->threshold_ns || has_turn(st->source, cfg, now))
+	if (late < cfg->threshold_ns || has_turn(st, st->source))
 		return 0;
 	begin(st, cfg, now - late, now, any_waiting(st));
 	st->late_ns = max_u63(st->late_ns, late);

@@ -121,8 +121,6 @@ static __always_inline void emit(void *ctx, struct cpu_state *st, struct watch_c
 	if (events.perf_submit(ctx, rec,
 			       offsetof(struct stall_record, kernel_stack) + kernel_bytes))
 		st->lost++;
-	else
-		st->sent++;
 }
 
 /*
@@ -237,10 +235,16 @@ int handle_record(struct bpf_raw_tracepoint_args *ctx)
 		service_begins(st, vec, now);
 	else if (source == SOURCE_EXIT)
 		service_ends(st, vec, now);
-	/* A tick that interrupts another one's rare part looks at what is half done: the next will. */
-	if (!cfg->threshold_ns || (source == SOURCE_TICK && has_turn(rec->source, cfg, now)))
+	if (!cfg->threshold_ns)
 		goto out;
 	if (source == SOURCE_TICK) {
+		/* What it interrupted has left things half done: the next tick looks. */
+		if (has_turn(st, rec->source)) {
+			st->yields++;
+			goto out;
+		}
+		st->yields = 0;
+		rec->source = SOURCE_TICK;
 		type = look(st, cfg, now);
 	} else {
 		if (rec->started_ns)
@@ -258,6 +262,7 @@ int handle_record(struct bpf_raw_tracepoint_args *ctx)
 	}
 	if (type && !st->muted) {
 		rec->type = type;
+		rec->seq = st->seq;
 		if (!is_told(st, type))
 			tails.call(ctx, TAIL_TASK);
 		tails.call(ctx, TAIL_EMIT);
@@ -281,7 +286,11 @@ int handle_emit(struct bpf_raw_tracepoint_args *ctx)
 	if (!rec)
 		return 0;
 	before = rec->source;
-	emit(ctx, st, cfg, rec, rec->type, source, rec->time_ns);
+	/* A tick that did not wait began the next stall: what is known is of that one. */
+	if (rec->seq != st->seq)
+		st->lost++;
+	else
+		emit(ctx, st, cfg, rec, rec->type, source, rec->time_ns);
 	/* Only now: until then no tick begins another stall. */
 	st->source = before;
 	return 0;

@@ -220,8 +220,8 @@ struct cpu_state {
 	u32 muted; /* this stall is over the limit and sends nothing */
 	u32 window_stalls;
 	u32 suppressed; /* stalls that ended muted */
-	u32 lost; /* records that the perf buffer had no room for */
-	u32 sent;
+	u32 lost; /* records that the perf buffer had no room for, or that came too late */
+	u32 yields; /* ticks in a row that found it another's turn: source */
 	u32 inline_served; /* softirqs served elsewhere while ksoftirqd waited */
 	u32 deferred; /* softirqs left to a waiting ksoftirqd */
 	u32 stale; /* task pointers found to be somebody else's */

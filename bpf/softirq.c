@@ -68,8 +68,21 @@ static __always_inline void service_begins(struct cpu_state *st, u32 vec, u64 no
 	st->serving = vec + 1;
 }
 
+/*
+ * The kernel skips a program that is in the middle of another run on its CPU, which that may be
+ * where programs can be preempted: then this service's begin was missed.
+ */
 static __always_inline void service_ends(struct cpu_state *st, u32 vec, u64 now)
 {
+	if (st->serving != vec + 1) {
+		if (vec < VEC_COUNT && st->raised[vec]) {
+			st->pending[vec] = 0;
+			barrier();
+			st->raised[vec] = 0;
+			st->missed++;
+		}
+		return;
+	}
 	st->serving = 0;
 	if (NET_RX_TIMED(vec))
 		net_rx_left(st, now - st->serving_since);

@@ -276,15 +276,15 @@ static __always_inline u64 net_rx_so_far(struct cpu_state *st, u64 now)
 }
 
 /*
- * Is the rare part of owner's program going on? It takes microseconds. Where programs can be
- * preempted in it (PREEMPT_RT, from Linux 7.0 on) it may take as long as whoever did that likes:
- * a tick must not wait for it then.
+ * Is another program of this CPU in its rare part? It takes microseconds. Where programs can be
+ * preempted in it (PREEMPT_RT, from Linux 7.0 on) it may take as long as whoever did that likes,
+ * and turns are not given back in order: after some ticks in a row no tick waits any more.
  */
-static __always_inline bool has_turn(u32 owner, struct watch_config *cfg, u64 now)
-{
-	struct stall_record *rec = scratch.lookup(&owner);
+#define MAX_YIELDS 3
 
-	return owner != SOURCE_TICK && rec && now - rec->time_ns < cfg->threshold_ns;
+static __always_inline bool has_turn(struct cpu_state *st, u32 owner)
+{
+	return owner != SOURCE_TICK && st->yields < MAX_YIELDS;
 }
 
 /*

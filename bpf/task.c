@@ -259,7 +259,7 @@ int handle_task(struct bpf_raw_tracepoint_args *ctx)
 	rec->type = RECORD_TASK;
 	rec->source = source;
 	rec->cpu = bpf_get_smp_processor_id();
-	rec->seq = st->seq;
+	rec->seq = stall->seq;
 	rec->time_ns = stall->time_ns;
 	rec->tgid = id >> 32;
 	rec->tid = id;
@@ -290,12 +290,10 @@ int handle_task(struct bpf_raw_tracepoint_args *ctx)
 	opaque(bytes);
 	/* The mask changes nothing; it shows the verifier the bound. */
 	bytes &= NAMES_LEN - 1;
-	if (events.perf_submit(ctx, rec, offsetof(struct task_record, names) + bytes)) {
+	if (events.perf_submit(ctx, rec, offsetof(struct task_record, names) + bytes))
 		st->lost++;
-	} else {
-		st->sent++;
-		st->told_task = (u64)st->seq << 32 | (u32)id;
-	}
+	else
+		st->told_task = (u64)stall->seq << 32 | (u32)id;
 	tails.call(ctx, TAIL_EMIT);
 	st->source = stall->source;
 	return 0;

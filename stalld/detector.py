@@ -19,11 +19,11 @@ from stalld.enrich.ksymbols import KsymbolFeed
 from stalld.enrich.nic import Inventory
 from stalld.enrich.symbols import SymbolTable
 from stalld.errors import DecodeError
-from stalld.host import LocalHost, is_virtual
+from stalld.host import LocalHost, is_virtual, threads_softirqs
 from stalld.kthreads import Watched, iterate_tasks, ksoftirqd_pids
 from stalld.pipeline import Pipeline
 from stalld.probe.client import Probes, possible_cpus
-from stalld.records import VECTORS
+from stalld.records import VECTORS, TaskEntry
 from stalld.rings import Rings
 from stalld.sinks.emitter import Emitter
 from stalld.state import Maps, offsets
@@ -86,7 +86,12 @@ class Detector:
         self.watched = Watched(fds["map:watched"], self.maps, config.detect.kthreads)
         self.symbols = SymbolTable(kallsyms, feed)
         host = LocalHost(
-            self.maps, self.rings, self.symbols, is_virtual(), probes.description.percpu
+            self.maps,
+            self.rings,
+            self.symbols,
+            is_virtual(),
+            probes.description.percpu,
+            threaded=threads_softirqs(),
         )
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
         self.instance = f"{boot_id}-{started_ns:x}"
@@ -118,7 +123,7 @@ class Detector:
             missing: what the service does without.
             sinks: where events go.
         """
-        cpus = self.learn()
+        cpus = self.learn(self.tasks())
         self._watch()
         fields = bookends.started(
             self._settings,
@@ -138,7 +143,7 @@ class Detector:
         self._settings = settings
         config = settings.config
         self.watched.want(config.detect.kthreads)
-        self.learn()
+        self.learn(self.tasks())
         self.pipeline.apply(settings.threshold_ns, config.storm.identical_per_minute)
         self._watch()
 
@@ -155,14 +160,21 @@ class Detector:
             **offsets(places),
         )
 
-    def learn(self) -> dict[int, int]:
-        """Look for new or restarted kernel threads; CPU → pid of each ksoftirqd."""
+    def tasks(self) -> list[TaskEntry] | dict[int, int]:
+        """The kernel threads there are, or, where no iterator tells, each ksoftirqd's pid by CPU.
+
+        Raises:
+            OSError, StalldError: they cannot be listed now.
+        """
         link = self._probes.fds.get("iter:task")
-        if link is not None:
-            return self.watched.learn(iterate_tasks(link))
-        pids = ksoftirqd_pids()
-        self.watched.learn_pids(pids)
-        return pids
+        return ksoftirqd_pids() if link is None else list(iterate_tasks(link))
+
+    def learn(self, tasks: list[TaskEntry] | dict[int, int]) -> dict[int, int]:
+        """Watch those that are wanted, new or restarted ones too; CPU → pid of each ksoftirqd."""
+        if isinstance(tasks, list):
+            return self.watched.learn(tasks)
+        self.watched.learn_pids(tasks)
+        return tasks
 
     def report(self) -> None:
         """Tell what the kernel counted, and of folded stalls whose minute is over."""

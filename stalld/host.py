@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from stalld.enrich.cpus import parse_list
 from stalld.enrich.symbols import SymbolTable
 from stalld.records import TickKind, TickSample
 from stalld.rings import Napi, Rings
@@ -21,6 +22,7 @@ class LocalHost:
     Args:
         virtual: this machine is a guest (see :func:`is_virtual`).
         places: see ``Description.percpu``.
+        threaded: see :func:`threads_softirqs`.
     """
 
     def __init__(
@@ -30,7 +32,10 @@ class LocalHost:
         symbols: SymbolTable,
         virtual: bool,
         places: Collection[str],
+        *,
+        threaded: bool,
     ) -> None:
+        self.threaded = threaded
         self._counts = frozenset(places)
         self._maps = maps
         self._rings = rings
@@ -71,7 +76,7 @@ class LocalHost:
 
     def serves_inline(self) -> bool | None:
         """Whether this kernel serves softirqs while ksoftirqd is runnable."""
-        return self._maps.serves_inline()
+        return False if self.threaded else self._maps.serves_inline()
 
     def tells_steal(self, cpu: int) -> bool:
         """Whether a tick that comes late could be told from a CPU that was taken away.
@@ -90,6 +95,28 @@ class LocalHost:
         mode = "softirq" if sample.serving else "kernel" if sample.tid else "idle"
         frames = [self._symbols.format(address) for address in sample.stack]
         return Tick(sample, mode, tuple(frames))
+
+
+def threads_softirqs(proc: str = "/proc") -> bool:
+    """Whether an interrupt's end never serves softirqs: it only wakes a thread that does.
+
+    So with PREEMPT_RT, and with ``threadirqs`` on the kernel's command line.
+    """
+    version = Path(proc, "version").read_text(errors="replace")
+    words = Path(proc, "cmdline").read_text(errors="replace").split()
+    return "PREEMPT_RT" in version or "threadirqs" in words
+
+
+NO_TICK = "a stall there has no samples, and is told when it ends"
+"""What that means where the tick is stopped."""
+
+
+def nohz_full(sys: str = "/sys") -> frozenset[int]:
+    """CPUs that stop their tick while a single task runs on them."""
+    try:
+        return parse_list(Path(sys, "devices/system/cpu/nohz_full").read_text())
+    except (OSError, ValueError):
+        return frozenset()  # Not built in; "(null)" where none is.
 
 
 def is_virtual(proc: str = "/proc", sys: str = "/sys") -> bool:

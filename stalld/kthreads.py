@@ -9,7 +9,7 @@ import ctypes
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
+from fnmatch import translate
 
 from stalld.decode import decode_tasks
 from stalld.errors import StalldError
@@ -47,7 +47,7 @@ class Watched:
 
     def __init__(self, fd: int, maps: Maps, patterns: Sequence[str]) -> None:
         self._maps = maps
-        self._patterns = tuple(patterns)
+        self.want(patterns)
         self._bits = watched_bits(len(maps.cpus))
         self._buckets = map_array(Bucket, fd, 1 << self._bits)
         self.names: dict[int, bytes] = {}
@@ -57,7 +57,8 @@ class Watched:
 
     def want(self, patterns: Sequence[str]) -> None:
         """Other patterns count from the next :meth:`learn` on."""
-        self._patterns = tuple(patterns)
+        # One for all: there are thousands of threads.
+        self._wanted = re.compile("|".join(f"(?:{translate(p)})" for p in patterns) or r"(?!)")
 
     def learn(self, tasks: Iterable[TaskEntry]) -> dict[int, int]:
         """Watch those of ``tasks`` that are wanted, and no others any more.
@@ -74,7 +75,7 @@ class Watched:
                 self._learn_ksoftirqd(cpu, task)
                 # Where it belongs, also while that CPU is offline.
                 task = task._replace(cpu=cpu)
-            elif not any(fnmatchcase(_text(task.comm), p) for p in self._patterns):
+            elif not self._wanted.match(_text(task.comm)):
                 continue
             wanted[task.task] = task
         self._place(wanted)
@@ -172,7 +173,9 @@ def iterate_tasks(link_fd: int) -> Iterator[TaskEntry]:
     if fd < 0:
         raise StalldError(f"cannot iterate tasks: {os.strerror(ctypes.get_errno())}")
     with os.fdopen(fd, "rb", buffering=0) as iterator:
-        yield from decode_tasks(b"".join(iter(lambda: iterator.read(1 << 16), b"")))
+        # Of a million tasks that are none the kernel lets go now and then: None, "again".
+        parts = iter(lambda: iterator.read(1 << 16), b"")
+        yield from decode_tasks(b"".join(part for part in parts if part is not None))
 
 
 def ksoftirqd_pids(proc: str = "/proc") -> dict[int, int]:

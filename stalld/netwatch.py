@@ -121,7 +121,6 @@ class NetWatch:
 
     def _take_news(self, news: LinkNews | None) -> None:
         self._links_changed = False
-        self._surveyor.forget_names()
         if news is not None:
             news.drain()
             asyncio.get_running_loop().add_reader(news, self._hear, news)

@@ -14,6 +14,7 @@ import platform
 import struct
 import sys
 from collections.abc import Container, Iterable
+from pathlib import Path
 from typing import Self
 
 from stalld.errors import StalldError
@@ -45,11 +46,13 @@ SAMPLE_TIME = 1 << 2
 SAMPLE_RAW = 1 << 10
 DISABLED = _flag(0)
 PINNED = _flag(2)
+EXCLUDE_USER = _flag(4)
 EXCLUDE_KERNEL = _flag(5)
 EXCLUDE_HV = _flag(6)
 FREQ = _flag(10)
 WATERMARK = _flag(14)
 SAMPLE_ID_ALL = _flag(18)
+EXCLUDE_GUEST = _flag(20)
 USE_CLOCKID = _flag(25)
 KSYMBOL = _flag(29)
 
@@ -150,12 +153,21 @@ def detached(fd: int) -> bool:
     return os.read(fd, _READ_BYTES)[8:] == os.read(fd, _READ_BYTES)[8:]
 
 
+_USUAL_HZ = 3_000_000_000
 NMI_HZ = 200
 """How often the NMI sampler looks at a busy CPU."""
 
 
 class SamplerError(StalldError):
     """No program can be run off a counter of the CPUs; the message says why and what to do."""
+
+
+def max_cpu_hz(path: str = "/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq") -> int:
+    """The highest frequency of a CPU; a usual one where the kernel does not tell."""
+    try:
+        return int(Path(path).read_text()) * 1000
+    except (OSError, ValueError):
+        return _USUAL_HZ
 
 
 class NmiSampler:
@@ -184,14 +196,19 @@ class NmiSampler:
 
         Args:
             program_fd: of type BPF_PROG_TYPE_PERF_EVENT; the caller's, to keep open.
-            frequency_hz: in seconds of CPU time; at most kernel.perf_event_max_sample_rate.
+            frequency_hz: of cycles: at most, at the CPU's highest frequency; of others in seconds
+                of CPU time, at most kernel.perf_event_max_sample_rate.
             kind, config: another event instead of hardware cycles.
 
         Raises:
             SamplerError: no PMU, no permission, or no free counter. Nothing stays open.
         """
-        flags = DISABLED | PINNED | FREQ
-        sampler = cls(program_fd, attribute(kind, config, period=frequency_hz, flags=flags))
+        # Cycles by number, not by frequency: one event with FREQ keeps all nohz_full CPUs ticking.
+        # User code cannot have interrupts off, nor is a guest ours.
+        cycles = kind == TYPE_HARDWARE
+        flags = DISABLED | PINNED | (EXCLUDE_USER | EXCLUDE_GUEST if cycles else FREQ)
+        period = max_cpu_hz() // frequency_hz if cycles else frequency_hz
+        sampler = cls(program_fd, attribute(kind, config, period=period, flags=flags))
         sampler.refresh(cpus)
         if not sampler.cpus:
             raise SamplerError(_explain(errno.ENODEV))

@@ -181,8 +181,11 @@ class Pipeline:
             return Identity()
         asked = Asked()
         if lacks(update.task):
+            # Looked for among all cgroups only if the kernel did not tell where that is.
+            told = update.task is not None and update.task.tells_cgroup
+            cgroup_id = None if told else blocker.cgroup_id
             question = Question(
-                update.cpu, update.seq, blocker.tgid, blocker.tid, blocker.comm, blocker.cgroup_id
+                update.cpu, update.seq, blocker.tgid, blocker.tid, blocker.comm, cgroup_id
             )
             asked = self._asking.answer(question).asked
         return identify(update.task, asked, update.kernel_stack, blocker.mode)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import select
 import struct
@@ -25,7 +26,7 @@ from typing import NamedTuple
 from stalld import perf
 from stalld.errors import StalldError
 
-PAGES_PER_CPU = 32
+PAGES_PER_CPU = max(1, (128 << 10) // mmap.PAGESIZE)
 """128 KiB per CPU: some 80 records of stalls with long stacks."""
 
 # libbpf's perf_buffer_event_fn, and its answer "go on" (LIBBPF_PERF_EVENT_CONT).
@@ -216,8 +217,8 @@ class PerfReader:
             )
         return (
             f"cannot open the perf buffer of CPU {cpu}: {os.strerror(code)}; CAP_PERFMON, "
-            f"{self._pages * 4 + 4} KiB of locked memory (ulimit -l, kernel.perf_event_mlock_kb) "
-            "and 2 descriptors (ulimit -n) per CPU are needed"
+            f"{(self._pages + 1) * mmap.PAGESIZE >> 10} KiB of locked memory (ulimit -l, "
+            "kernel.perf_event_mlock_kb) and 2 descriptors (ulimit -n) per CPU are needed"
         )
 
     def _drop(self, cpu: int) -> None:
@@ -274,7 +275,11 @@ class ReaderThread:
         self.answered = 0
         """How often it has answered :meth:`ask`."""
         self._thread = threading.Thread(target=self._run, name="stalld-reader", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            os.close(self._asked)
+            raise OSError(errno.EAGAIN, f"{error}: is TasksMax= of our unit too small?") from error
 
     def stop(self) -> None:
         """End the thread; the buffers stay."""

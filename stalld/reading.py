@@ -49,6 +49,7 @@ class Reading:
         on_error: told in the loop what made a reading fail.
         allowed: the CPUs to run on, also those that are offline; None: those the calling thread
             may run on at `start`.
+        is_stuck: whether a stall goes on on a CPU.
         online: lists the CPUs online.
     """
 
@@ -59,6 +60,7 @@ class Reading:
         on_error: Callable[[BaseException], None],
         *,
         allowed: Collection[int] | None = None,
+        is_stuck: Callable[[int], bool] = lambda _: False,
         online: Callable[[], Sequence[int]] = online_cpus,
     ) -> None:
         self._reader = reader
@@ -66,8 +68,12 @@ class Reading:
         self._on_error = on_error
         self._allowed = allowed
         self._online = online
+        self._is_stuck = is_stuck
         self._halves: set[int] = set()
         self._here: list[int] = []
+        self._there: list[int] = []
+        self._shared = False
+        self._pinned_to: set[int] = set()
         self._thread: ReaderThread | None = None
         self._watched: list[int] = []
         self._later: list[asyncio.Handle] = []
@@ -93,7 +99,9 @@ class Reading:
         """
         online = self._online()
         dead = self._reader.detached(suspects)
-        if set(online) == set(self._reader.cpus) and not dead:
+        # Before 6.2 a change of the cpuset undoes where threads may run.
+        moved = os.sched_getaffinity(0) != self._pinned_to
+        if set(online) == set(self._reader.cpus) and not dead and self._shared and not moved:
             return Changed()
         self._stop()
         try:
@@ -116,7 +124,16 @@ class Reading:
             return lambda: True
         before = thread.answered
         thread.ask()
-        return lambda: thread is not self._thread or thread.answered > before
+
+        def moved() -> bool:
+            # Where all it may run on is stuck it cannot: that is what is to be told.
+            return (
+                thread is not self._thread
+                or thread.answered > before
+                or all(map(self._is_stuck, self._there))
+            )
+
+        return moved
 
     def close(self) -> None:
         """Stop reading. Waits for the thread, whose CPU may be stuck. May be called twice."""
@@ -134,11 +151,13 @@ class Reading:
         return os.sched_getaffinity(0)
 
     def _share(self, usable: set[int]) -> None:
+        # Without descriptors, say, it ends in the middle: then the next look begins anew.
+        self._shared = False
         self._halves = usable
         cpus = self._reader.cpus
         here, there = split(cpus, usable)
         far = here if there else []
-        self._here = far
+        self._here, self._there = far, there
         if there:
             # Begun before this thread narrows down, whose affinity it inherits.
             self._thread = ReaderThread(
@@ -158,11 +177,13 @@ class Reading:
                 self._watched.append(fd)
         self._settle_in(SETTLE_S)
         self._later.append(self._loop.call_soon(self.read))
+        self._shared = True
 
     def _pin(self) -> None:
         if self._here:
             with suppress(OSError):
                 os.sched_setaffinity(0, self._here)
+        self._pinned_to = os.sched_getaffinity(0)
 
     def _settle_in(self, delay_s: float) -> None:
         self._later = [self._loop.call_later(delay_s, self._settle, delay_s)]

@@ -19,9 +19,11 @@ from structlog.typing import FilteringBoundLogger
 from stalld import __version__, degraded, events, liveness
 from stalld.config import Settings
 from stalld.detector import Detector, clocks_ns
+from stalld.enrich.cpus import list_of
 from stalld.enrich.kallsyms import Kallsyms
 from stalld.enrich.ksymbols import KsymbolError, KsymbolFeed
 from stalld.errors import ConfigError, DecodeError, ProbeError, StalldError
+from stalld.host import NO_TICK, nohz_full
 from stalld.memory import one_arena, return_memory
 from stalld.netwatch import NetWatch
 from stalld.notify import Notifier
@@ -200,7 +202,7 @@ class Service:
         )
         # Last of all said and done, since the CPU of its thread may be stuck.
         self._resources.callback(self._upkeep.reading.close)
-        missing = self._open_sampler(probes)
+        missing = [*self._open_sampler(probes), *_without_tick()]
         # The lock keeps every record back until `started` is written.
         with self._lock:
             self._upkeep.reading.start()
@@ -315,3 +317,12 @@ class Service:
 
     def _log_bad_record(self, error: DecodeError) -> None:
         self._log.error("undecodable record", reason=str(error))
+
+
+def _without_tick() -> list[events.Event]:
+    """For ``started``: CPUs that stop their tick."""
+    stopped = nohz_full()
+    if not stopped:
+        return []
+    reason = f"nohz_full: CPUs {list_of(stopped)} stop their tick while a single task runs there"
+    return [{"ability": "tick on every CPU", "reason": reason, "effect": NO_TICK}]

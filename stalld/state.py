@@ -78,7 +78,7 @@ class CpuState(ctypes.Structure):
         ("window_stalls", ctypes.c_uint32),
         ("suppressed", ctypes.c_uint32),
         ("lost", ctypes.c_uint32),
-        ("sent", ctypes.c_uint32),
+        ("yields", ctypes.c_uint32),
         ("inline_served", ctypes.c_uint32),
         ("deferred", ctypes.c_uint32),
         ("stale", ctypes.c_uint32),

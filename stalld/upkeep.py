@@ -30,6 +30,7 @@ COUNTED_AFTER_NS = 1_100_000_000
 HOTPLUG_LOOKS_S = (0.05, 0.2, 0.5, 1.0, 3.0)
 """When to look again, each after the one before: the kernel tells of the first step only. All
 anew when it tells of another."""
+_FEED, _SAMPLER = "news of symbols", "the NMI sampler"
 
 
 class Upkeep:
@@ -50,12 +51,15 @@ class Upkeep:
         fail: Callable[[BaseException | None], None],
         on_report: Callable[[], None],
     ) -> None:
-        self.reading = Reading(reader, self._follow_up, fail)
+        cpus = detector.maps.cpus
+        self.reading = Reading(
+            reader, self._follow_up, fail, is_stuck=lambda cpu: bool(cpus[cpu].active)
+        )
         self.sampler: NmiSampler | None = None
         self.hotplugged: set[int] = set()
         """CPUs that records told of, which may be going or coming."""
-        self._behind: set[str] = set()
-        """Why not everything follows the CPUs: then each look tries again."""
+        self._wanting: dict[str, str] = {}
+        """What could not be brought up to date, and why."""
         self._detector = detector
         self._reader = reader
         self._feed = feed
@@ -130,10 +134,11 @@ class Upkeep:
 
     async def _reload(self) -> None:
         """Read the kernel's symbols again, then rest."""
-        kallsyms = await asyncio.to_thread(load_kallsyms)
-        with self._reader.lock:
-            self._detector.symbols.replace(kallsyms)
-        del kallsyms
+        with self._tried("the kernel's symbols"):
+            kallsyms = await asyncio.to_thread(load_kallsyms)
+            with self._reader.lock:
+                self._detector.symbols.replace(kallsyms)
+            del kallsyms
         return_memory()
         await asyncio.sleep(RELOAD_EVERY_S)
 
@@ -143,8 +148,8 @@ class Upkeep:
         while True:
             await asyncio.sleep(LEARN_EVERY_S)
             self._look_at_cpus(())
+            self._learn()
             with self._reader.lock:
-                self._detector.learn()
                 self._detector.report()
             if records != self._detector.pipeline.records:
                 # Lines that had to wait have left holes.
@@ -167,39 +172,46 @@ class Upkeep:
                     async with asyncio.timeout(pauses.pop(0)):
                         await self._replugged.wait()
             self._look_at_cpus(suspects)
+            self._learn()
+
+    def _learn(self) -> None:
+        with self._tried("kernel threads"):
+            # Not under the lock: there may be thousands.
+            tasks = self._detector.tasks()
             with self._reader.lock:
-                self._detector.learn()
+                self._detector.learn(tasks)
 
     def _look_at_cpus(self, suspects: Collection[int]) -> None:
-        try:
+        changed = None
+        with self._tried("the CPUs"):
             changed = self.reading.refresh(suspects)
-        except StalldError as error:
-            # These are tried again at the next look; all others are read, and followed below.
-            self._log.warning("not every CPU can be read", reason=str(error))
-        else:
+        if changed is not None:
             if any(changed):
                 self._log.info(
                     "online CPUs changed", gained=sorted(changed.gained), lost=sorted(changed.lost)
                 )
-            elif not self._behind:
+            elif not self._wanting.keys() & {_FEED, _SAMPLER}:
                 return
         cpus = self._reader.cpus
-        told, self._behind = self._behind, set()
         if self._feed is not None:
-            with self._reader.lock, self._noted():
+            with self._tried(_FEED), self._reader.lock:
                 self._feed.refresh(cpus, suspects)
         if self.sampler is not None:
-            with self._noted():
+            with self._tried(_SAMPLER):
                 self.sampler.refresh(cpus, suspects)
-        for reason in self._behind - told:
-            self._log.warning("not everything follows these CPUs", reason=reason)
 
     @contextmanager
-    def _noted(self) -> Iterator[None]:
+    def _tried(self, what: str) -> Iterator[None]:
+        """What cannot be had just now (descriptors, memory) is told once, and tried again."""
         try:
             yield
-        except (KsymbolError, SamplerError) as error:
-            self._behind.add(str(error))
+        except (OSError, StalldError, KsymbolError, SamplerError) as error:
+            reason = str(error)
+            if self._wanting.get(what) != reason:
+                self._log.warning("not brought up to date; tried again", what=what, reason=reason)
+            self._wanting[what] = reason
+        else:
+            self._wanting.pop(what, None)
 
 
 def _is_over(task: asyncio.Task[None] | None) -> bool:

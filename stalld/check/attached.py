@@ -85,6 +85,6 @@ def nmi_sampler(probes: Probes) -> Item:
     return Item(
         NMI_SAMPLER,
         State.OK,
-        f"hardware cycles, {NMI_HZ} times a second of CPU time on {count} CPUs",
+        f"hardware cycles, {NMI_HZ} times a second of kernel time at most, on {count} CPUs",
         "stacks are taken while interrupts are off too; detect.nmi_sampler = false turns it off",
     )

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from stalld.check.report import Item, State
 from stalld.detector import TICK_FUNCTIONS
+from stalld.enrich.cpus import list_of
+from stalld.host import NO_TICK, nohz_full
 
 PREEMPT_DEBUG = "/sys/kernel/debug/sched/preempt"
 _MODELS = {"NONE": "none", "VOLUNTARY": "voluntary", "LAZY": "lazy", "RT": "rt"}
@@ -75,6 +77,17 @@ def tick(tick_ns: int) -> list[Item]:
     items = [
         Item("tick", State.OK, f"{period:g} ms", f"stacks during a stall are {period:g} ms apart")
     ]
+    stopped = nohz_full()
+    if stopped:
+        items.append(
+            Item(
+                "nohz_full",
+                State.DEGRADED,
+                f"CPUs {list_of(stopped)} stop their tick while a single task runs there",
+                NO_TICK,
+                "none is needed if no NIC's interrupts come to them; else take them off nohz_full=",
+            )
+        )
     # The kernel's hrtimer_resolution: 1 ns in high resolution mode, else one tick.
     resolution_ns = round(time.clock_getres(time.CLOCK_MONOTONIC) * 1e9)
     if resolution_ns == 1:

@@ -16,7 +16,7 @@ from stalld.check.stimulus import LIMIT_S, stimulate
 from stalld.check.ticks import Look, look_back, softnet_counters, softnet_stat, steal_clock
 from stalld.config import Detect
 from stalld.errors import DecodeError, ProbeError, StalldError
-from stalld.host import is_virtual
+from stalld.host import is_virtual, nohz_full, threads_softirqs
 from stalld.kthreads import Watched, iterate_tasks, ksoftirqd_pids
 from stalld.probe.client import ProbeChild, Probes, load_probes, possible_cpus
 from stalld.reader import PerfReader, online_cpus
@@ -146,7 +146,9 @@ def _observe(
     probes: Probes, maps: Maps, tick_ns: int, symbols: Symbols
 ) -> tuple[list[Item], bool | None]:
     """Load one CPU; see how softirqs are served, what its ticks tell, what all that costs."""
-    cpu, online = max(os.sched_getaffinity(0)), online_cpus()
+    # One that keeps its tick, and is nobody's alone.
+    mine = os.sched_getaffinity(0)
+    cpu, online = max(mine - nohz_full() or mine), online_cpus()
     links = {**price.HOT_PATH, price.LOOKBACK: price.LOOKBACK}
     fds = {name: probes.fds.get(f"link:{hook}", -1) for name, hook in links.items()}
     missing = {m.ability: m.reason for m in probes.description.missing}
@@ -227,6 +229,9 @@ def behaviour_item(inline: bool | None, counts: str, defers: bool) -> Item:
             f"repeat the check on a busier CPU or with CAP_SYS_NICE; it loads one CPU for at most "
             f"{LIMIT_S * 1e3:.0f} ms",
         )
+    if threads_softirqs():
+        effect = "only threads serve softirqs: what keeps them from the CPU delays the network"
+        return Item(name, State.OK, f"threaded: {counts}; {symbol}", effect)
     if inline:
         effect = "a waiting ksoftirqd alone does no harm: level info, starved is empty"
         return Item(name, State.OK, f"inline: {counts}; {symbol}", effect)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def parse_list(text: str) -> frozenset[int]:
     """``0-3,8`` → 0, 1, 2, 3, 8; an empty text is the empty set.
@@ -27,3 +29,14 @@ def parse_mask(text: str) -> frozenset[int]:
     for word in text.strip().split(","):
         bits = bits << 32 | int(word, 16)
     return frozenset(cpu for cpu in range(bits.bit_length()) if bits >> cpu & 1)
+
+
+def list_of(cpus: Iterable[int]) -> str:
+    """0, 1, 2, 3, 8 → ``0-3,8``."""
+    runs: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if runs and runs[-1][-1] == cpu - 1:
+            runs[-1].append(cpu)
+        else:
+            runs.append([cpu])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

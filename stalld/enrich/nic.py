@@ -100,6 +100,7 @@ class Surveyor:
         self._net = Path(sys, "class/net")
         self._names: Mapping[int, tuple[str, ...]] = {}
         self._named: tuple[frozenset[int], frozenset[str]] | None = None
+        self._hardware: frozenset[tuple[int, str]] = frozenset()
 
     def survey(self, links: list[tuple[int, str]] | None = None) -> Inventory:
         """Read everything anew.
@@ -113,6 +114,10 @@ class Surveyor:
         found: dict[int, Device] = {}
         drivers = {name: self._driver(name) for _, name in links[:MAX_DEVICES]}
         numbers = {name: self._interrupts_of(name) for name, driver in drivers.items() if driver}
+        hardware = frozenset((index, name) for index, name in links if drivers.get(name))
+        if hardware != self._hardware:
+            # An interrupt's number may be another's now.
+            self._hardware, self._named = hardware, None
         self._read_names(
             frozenset(irq for irqs in numbers.values() for irq in irqs),
             frozenset(name for name, irqs in numbers.items() if not irqs),
@@ -213,10 +218,6 @@ class Surveyor:
             if irq in irqs
             or any(interrupts.names_device(name, device) for name in names for device in devices)
         }
-
-    def forget_names(self) -> None:
-        """Links came or went: an interrupt's number may be another's now."""
-        self._named = None
 
     def _affinity(self, irq: int) -> frozenset[int]:
         directory = self._proc / "irq" / str(irq)

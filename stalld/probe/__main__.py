@@ -23,13 +23,19 @@ def main() -> int:
     with socket.socket(fileno=os.dup(0)) as sock:
         message, _ = protocol.receive(sock)
         request = protocol.Request(**message)
-        with loader.structs_directory() as directory:
-            try:
+        try:
+            with loader.structs_directory() as directory:
                 description, fds = loader.load(request, Path(directory))
-            except ProbeError as error:
-                kind = "missing" if isinstance(error, MissingAbilityError) else "probe"
-                protocol.send(sock, {"error": str(error), "kind": kind}, [])
-                return 1
+        except ProbeError as error:
+            kind = "missing" if isinstance(error, MissingAbilityError) else "probe"
+            protocol.send(sock, {"error": str(error), "kind": kind}, [])
+            return 1
+        except OSError as error:
+            said = (
+                f"the BPF programs cannot be prepared: {error}; is there room in $TMPDIR or /tmp?"
+            )
+            protocol.send(sock, {"error": said, "kind": "probe"}, [])
+            return 1
         protocol.send(sock, asdict(description), fds)
     return 0
 

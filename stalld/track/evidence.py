@@ -40,7 +40,12 @@ _ENABLES_INTERRUPTS = re.compile(
 
 
 def weigh(
-    stall: Stall, threshold_ns: int, serves_inline: bool | None, tells_steal: bool
+    stall: Stall,
+    threshold_ns: int,
+    serves_inline: bool | None,
+    tells_steal: bool,
+    *,
+    threaded: bool = False,
 ) -> Evidence:
     """The evidence as of now."""
     during = stall.during
@@ -59,7 +64,9 @@ def weigh(
         interrupts_enabled=any(
             o.record.source is Source.NMI or enabled_interrupts(o) for o in after_late(stall)
         ),
-        handler_long=handler is not None and handler.service_ns >= main_ns,
+        handler_long=handler is not None
+        and handler.service_ns >= main_ns
+        and not was_preempted(stall, handler.vec),
         starved=starved,
         starved_modes=frozenset(o.mode for o in late),
         handler_ran=any(o.record.serving_vec != VEC_NONE for o in late),
@@ -67,6 +74,7 @@ def weigh(
         waited=max(waits) >= threshold_ns,
         ksoftirqd_runnable=stall.ksoftirqd_wait_ns > 0,
         serves_inline=serves_inline,
+        threaded=threaded,
         # While the hypervisor had the CPU nobody was anywhere, wherever in the stall that was.
         stuck=longest_in_kernel_ns(during, closing, stall.user_ticks_ns()) - stolen_ns
         >= max(threshold_ns, stall.duration_ns / STUCK_PART),
@@ -150,6 +158,20 @@ def longest_handler(stall: Stall, threshold_ns: int) -> Handler | None:
     return Handler(
         record.served_vec, record.served_ns, device, polled.napi_work, polled.napi_budget
     )
+
+
+def was_preempted(stall: Stall, vec: int) -> bool:
+    """Whether samples taken while this handler was in service hit somebody else.
+
+    With PREEMPT_RT handlers are preempted like any task, and their time goes on meanwhile.
+    """
+    for observation in stall.during:
+        if observation.record.serving_vec != vec:
+            continue
+        outside = observation.mode == "kernel" and reaches_base(path(observation.frames))
+        if observation.mode in ("user", "idle") or outside:
+            return True
+    return False
 
 
 def main_observation(stall: Stall) -> Observation | None:

@@ -25,6 +25,15 @@ _MEMCG_STAT = frozenset(
         *("cgroup_rstat_flush", "cgroup_rstat_flush_locked", "css_rstat_flush"),
     )
 )
+# Whose innermost function is one of these does nothing but wait, and cannot sleep.
+_WAITS = frozenset(
+    (
+        *("smp_call_function_many_cond", "smp_call_function_single", "__csd_lock_wait"),
+        *("csd_lock_wait", "multi_cpu_stop", "rcu_momentary_eqs", "stop_machine_yield"),
+        *("native_queued_spin_lock_slowpath", "__pv_queued_spin_lock_slowpath"),
+        *("queued_spin_lock_slowpath", "queued_read_lock_slowpath", "queued_write_lock_slowpath"),
+    )
+)
 
 
 def _always(_: Update) -> bool:
@@ -69,6 +78,15 @@ def _sums_up(frames: tuple[str, ...]) -> bool:
     return any(name.partition(".")[0] in _MEMCG_STAT for name in path(frames))
 
 
+def _waits_for_another(update: Update) -> bool:
+    return bool(update.kernel_stack) and _waits(update.kernel_stack)
+
+
+@lru_cache(maxsize=128)
+def _waits(frames: tuple[str, ...]) -> bool:
+    return path(frames)[0].partition(".")[0] in _WAITS
+
+
 def _is_real_time(update: Update) -> bool:
     return update.blocker is not None and update.blocker.policy in _REAL_TIME
 
@@ -99,6 +117,20 @@ def _late_for_half(update: Update) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule(
+        "waits-for-another-cpu",
+        (
+            Verdict.STUCK_IN_KERNEL,
+            Verdict.SOFTIRQS_DISABLED,
+            Verdict.IRQS_DISABLED,
+            Verdict.UNKNOWN,
+        ),
+        _plainly(
+            "it waited for another CPU, or for a lock that another one held: look for a stall of "
+            "another CPU at that time, this one may be its victim"
+        ),
+        _waits_for_another,
+    ),
     Rule(
         "memcg-stat-readers",
         (Verdict.STUCK_IN_KERNEL, Verdict.CPU_CONTENTION, Verdict.UNKNOWN),

@@ -62,6 +62,10 @@ class Host(Protocol):
     def serves_inline(self) -> bool | None:
         """Whether this kernel serves softirqs while ksoftirqd is runnable; None: not known."""
 
+    @property
+    def threaded(self) -> bool:
+        """Whether only threads serve softirqs, never an interrupt's end."""
+
     def counts(self) -> Container[str]:
         """Which of softnet_data's members can be read, by the names of ``Description.percpu``."""
 

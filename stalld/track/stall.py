@@ -182,7 +182,13 @@ class Tracker:
         stall.polled = host.polled(stall.cpu, stall.seq)
         serves_inline = host.serves_inline()
         verdict = decide(
-            evidence.weigh(stall, self.threshold_ns, serves_inline, host.tells_steal(stall.cpu))
+            evidence.weigh(
+                stall,
+                self.threshold_ns,
+                serves_inline,
+                host.tells_steal(stall.cpu),
+                threaded=host.threaded,
+            )
         )
         culprit = evidence.culprit_of(stall, verdict, host.explain)
         return Update(

@@ -57,6 +57,7 @@ class Evidence(NamedTuple):
     waited: bool = False
     ksoftirqd_runnable: bool = False
     serves_inline: bool | None = None
+    threaded: bool = False
     stuck: bool = False
     user: bool = False
     others: bool = False
@@ -77,7 +78,7 @@ def decide(evidence: Evidence) -> Verdict:
         if evidence.enabled_late and evidence.starved_modes <= {"kernel"}:
             return Verdict.SOFTIRQS_DISABLED
         deferred = evidence.ksoftirqd_runnable and evidence.serves_inline is not True
-        if not deferred:
+        if not (deferred or evidence.threaded):
             # Every interrupt's end would have served it: something forbade that.
             in_kernel = evidence.starved_modes == {"kernel"}
             return Verdict.SOFTIRQS_DISABLED if in_kernel else Verdict.UNKNOWN

@@ -211,6 +211,8 @@ class MadeHost:
         """As told."""
         return self.counted
 
+    threaded = False
+
     def serves_inline(self) -> bool | None:
         """As told."""
         return self.inline

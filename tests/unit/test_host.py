@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stalld.enrich.stack import Mode, Trimmed, below
-from stalld.host import LocalHost, is_virtual
+from stalld.host import LocalHost, is_virtual, nohz_full, threads_softirqs
 from stalld.records import NAPI_SLOTS, TickKind
 from stalld.rings import NapiSlot, Polled
 from stalld.track.model import Host
@@ -38,12 +38,14 @@ class Symbols:
 class Made:
     """A host whose maps are memory of our own."""
 
-    def __init__(self, virtual: bool = False) -> None:
+    def __init__(self, virtual: bool = False, threaded: bool = False) -> None:
         self.maps = make.maps(CPUS)
         self.rings = make.rings(self.maps)
         self.symbols = Symbols()
         symbols: Any = self.symbols
-        self.host: Host = LocalHost(self.maps, self.rings, symbols, virtual, {"dropped": -64})
+        self.host: Host = LocalHost(
+            self.maps, self.rings, symbols, virtual, {"dropped": -64}, threaded=threaded
+        )
 
 
 def test_counts() -> None:
@@ -209,3 +211,40 @@ class TestVirtual:
     def test_this_machine(self) -> None:
         """The real files are read without an error."""
         assert is_virtual() in (True, False)
+
+
+def test_threads_serve_softirqs() -> None:
+    """Then nothing is served inline, whatever was seen."""
+    made = Made(threaded=True)
+    made.maps.cpus[0].inline_served = 100
+    assert made.host.serves_inline() is False
+    made = Made()
+    made.maps.cpus[0].inline_served = 100
+    assert made.host.serves_inline() is True
+
+
+@pytest.mark.parametrize(
+    ("version", "cmdline", "threaded"),
+    [
+        ("Linux version 6.12 #1 SMP PREEMPT_DYNAMIC Debian", "quiet", False),
+        ("Linux version 6.12 #1 SMP PREEMPT_RT Debian", "quiet", True),
+        ("Linux version 6.12 #1 SMP PREEMPT_DYNAMIC Debian", "quiet threadirqs", True),
+    ],
+)
+def test_who_serves_softirqs(tmp_path: Path, version: str, cmdline: str, threaded: bool) -> None:
+    """PREEMPT_RT, or the kernel's command line."""
+    (tmp_path / "version").write_text(version)
+    (tmp_path / "cmdline").write_text(f"{cmdline}\n")
+    assert threads_softirqs(str(tmp_path)) is threaded
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"), [("2-4,7\n", {2, 3, 4, 7}), ("\n", set()), ("(null)\n", set())]
+)
+def test_stopped_ticks(tmp_path: Path, text: str, cpus: set[int]) -> None:
+    """As the kernel lists them; older ones write "(null)" where there is none."""
+    place = tmp_path / "devices/system/cpu/nohz_full"
+    place.parent.mkdir(parents=True)
+    place.write_text(text)
+    assert nohz_full(str(tmp_path)) == cpus
+    assert nohz_full(str(tmp_path / "none")) == set()

@@ -47,7 +47,11 @@ class WholePath:
         symbols = SymbolTable(_kallsyms(work))
         asking: Any = SimpleNamespace(answer=lambda question: Answer(Asked(), Unknown.GONE))
         self.pipeline = Pipeline(
-            Tracker(THRESHOLD, TICK_NS, LocalHost(maps, self._rings, symbols, False, ())),
+            Tracker(
+                THRESHOLD,
+                TICK_NS,
+                LocalHost(maps, self._rings, symbols, False, (), threaded=False),
+            ),
             Folder(10_000, THRESHOLD),
             symbols,
             Emitter(lambda line, _: self.lines.append(line), lambda: WALL, "host"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stalld.enrich.cpus import parse_list, parse_mask
+from stalld.enrich.cpus import list_of, parse_list, parse_mask
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,9 @@ def test_no_mask(text: str) -> None:
     """An empty text is none: there is a digit at least."""
     with pytest.raises(ValueError, match="invalid literal"):
         parse_mask(text)
+
+
+@pytest.mark.parametrize("text", ["", "0", "0-3", "0-1,5,7-9"])
+def test_back_again(text: str) -> None:
+    """A list is written as the kernel writes it."""
+    assert list_of(parse_list(text)) == text

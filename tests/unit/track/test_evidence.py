@@ -186,6 +186,22 @@ class TestWeigh:
         found = weighed(sample(1, at_ms, served_ns=served_ms * MS, served_vec=3))
         assert found.handler_long is long
 
+    @pytest.mark.parametrize(
+        ("mode", "frames", "long"),
+        [
+            ("softirq", ("spin+0x1",), True),
+            ("kernel", ("spin+0x1",), True),
+            ("kernel", ("spin+0x1", "entry_SYSCALL_64_after_hwframe+0x76"), False),
+            ("user", (), False),
+        ],
+    )
+    def test_a_handler_that_was_preempted(
+        self, mode: str, frames: tuple[str, ...], long: bool
+    ) -> None:
+        """Time in which a sample hit another task, to its very base, was not the handler's."""
+        served = {"served_ns": 20 * MS, "served_vec": 3, "serving_vec": 3}
+        assert weighed(sample(1, 20, mode=mode, frames=frames, **served)).handler_long is long
+
     def test_a_handler_in_service(self) -> None:
         """It counts where the sample saw a starved vector, not elsewhere."""
         starved = {"wait_ns": waits(TIMER=12 * MS)}

@@ -152,3 +152,25 @@ def test_unknown(late_ms: float, told: bool) -> None:
     assert (text is not None) is told
     if text:
         assert "hypervisor" in text
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [Verdict.STUCK_IN_KERNEL, Verdict.SOFTIRQS_DISABLED, Verdict.IRQS_DISABLED, Verdict.UNKNOWN],
+)
+@pytest.mark.parametrize(
+    "function",
+    [
+        "smp_call_function_many_cond+0x2b4",
+        "native_queued_spin_lock_slowpath.part.0+0x1",
+        "multi_cpu_stop+0x8",
+    ],
+)
+def test_who_waits_is_a_victim(verdict: Verdict, function: str) -> None:
+    """Whoever spins for another CPU is not accused of it; what it did below is not asked."""
+    frames = (function, "flush_tlb_mm_range+0x1", "memcg_stat_show+0x1")
+    assert said(verdict, kernel_stack=frames).endswith("#waits-for-another-cpu")
+    assert not said(Verdict.CPU_CONTENTION, kernel_stack=frames).endswith("#waits-for-another-cpu")
+    deeper = ("spin+0x1", function)
+    if verdict is not Verdict.UNKNOWN:
+        assert not said(verdict, kernel_stack=deeper).endswith("#waits-for-another-cpu")
