@@ -230,7 +230,7 @@ int handle_record(struct bpf_raw_tracepoint_args *ctx)
 	if (!rec)
 		return 0;
 	now = rec->time_ns;
-	served = now - st->serving_since;
+	served = st->serving == vec + 1 ? now - st->serving_since : 0;
 	if (source == SOURCE_ENTRY && vec < VEC_COUNT)
 		service_begins(st, vec, now);
 	else if (source == SOURCE_EXIT)

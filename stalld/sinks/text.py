@@ -17,7 +17,7 @@ def safe(value: object) -> str:
 def escaped(line: bytes) -> bytes:
     """JSON in which what terminals obey stands as JSON's own escapes: it means the same.
 
-    Only within strings can there be such characters, as nothing but data is between tokens.
+    In JSON without white space only strings can hold any.
     """
     # String by string: few hold any, and to go through all characters takes milliseconds.
     strings = line.decode("utf-8", "replace").split('"')
