@@ -15,6 +15,8 @@ ARGS ?=
 PREFIX ?= /usr
 LIBDIR = $(PREFIX)/lib/softirq-stalld
 UNITDIR = /usr/lib/systemd/system
+# Where it leaves the wheel that it made.
+WHEELS ?= build/wheel
 
 RUNTIME_PACKAGES := python3-bpfcc libbpf1 python3-venv
 TEST_PACKAGES := clang-14 libbpf-dev linux-libc-dev bpftool iproute2 iputils-ping \
@@ -107,9 +109,9 @@ bench-long: root-bench-long setup bench-packages .venv/.dev ## the long runs tha
 # The program is a directory of its own beside the distribution's packages, which it sees: bcc is
 # one of them. No virtual environment: that would know where it was made, and DESTDIR is not it.
 install: setup ## install for systemd; honours DESTDIR (for packages) and PREFIX (/usr)
-	@rm -rf build/wheel '$(DESTDIR)$(LIBDIR)'
-	@$(PIP) wheel --no-deps --wheel-dir build/wheel .
-	@$(PIP) install --no-compile --target '$(DESTDIR)$(LIBDIR)' build/wheel/*.whl
+	@rm -rf '$(WHEELS)'/softirq_stalld-*.whl '$(DESTDIR)$(LIBDIR)'
+	@$(PIP) wheel --no-deps --wheel-dir '$(WHEELS)' .
+	@$(PIP) install --no-compile --target '$(DESTDIR)$(LIBDIR)' '$(WHEELS)'/softirq_stalld-*.whl
 	@rm -rf '$(DESTDIR)$(LIBDIR)/bin' '$(DESTDIR)$(LIBDIR)'/softirq_stalld-*.dist-info/direct_url.json
 	@$(BIN)/python -m compileall -q -s '$(DESTDIR)' -p / '$(DESTDIR)$(LIBDIR)'
 	@install -d '$(DESTDIR)$(PREFIX)/bin'

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.injector.records import RecordSource, Sent
-from tests.kernel.daemon import COMMAND
+from tests.kernel.daemon import COMMAND, START_S
 from tests.service.rsyslog import Rsyslog
+from tests.service.surroundings import status_of, until
 
 CPU = 1
 QUIET_S = 0.5
@@ -94,11 +95,11 @@ class Flow:
             self.cat = self._process(["cat"], out, stdin=self.daemon.stdout)
         assert self.daemon.stdout is not None
         self.daemon.stdout.close()
-        _until(lambda: _count(work / "stdout", b'"event":"started"') == 1, 60)
+        until(lambda: _has_started(work / "stdout"), START_S)
         with (work / "live").open("wb") as out:
             tail = [COMMAND, "tail", "--json", "--since-start", "--socket", str(live)]
             self.tail = self._process(tail, out)
-        _until(lambda: _count(work / "live", b'"event":"started"') == 1, 20)
+        until(lambda: _has_started(work / "live"), 20)
 
     def _process(
         self, command: list[str], stdout: Any, stdin: Any = subprocess.DEVNULL
@@ -126,28 +127,12 @@ class Flow:
             for name in which:
                 signals[name](signal.SIGCONT)
 
-    def latencies_ms(self, since_line: int) -> list[float]:
-        """Of the whole lines on standard output from that one on: another may be on its way."""
-        with (self._work / "stdout").open("rb") as lines:
-            return [
-                latency
-                for number, line in enumerate(lines)
-                if number >= since_line
-                and line.endswith(b"\n")
-                and (latency := _latency_ms(line)) is not None
-            ]
-
-    def lines(self) -> int:
-        """On standard output so far."""
-        return _count(self._work / "stdout", b"\n")
-
     def finish(self, sent: Sent) -> Result:
         """Let everything arrive, stop, and count."""
         files = {"stdout": "stdout", "file": "file", "tcp": "out.json", "live": "live"}
         paths = {name: self._work / file for name, file in files.items()}
         _until_quiet(paths.values())
-        status = Path(f"/proc/{self.daemon.pid}/status").read_text()
-        rss_kib = next(int(row.split()[1]) for row in status.splitlines() if "VmRSS" in row)
+        rss_kib = int(status_of(self.daemon.pid)["VmRSS"].split()[0])
         self.daemon.terminate()
         assert self.daemon.wait(10) == 0
         _until_quiet(paths.values())
@@ -159,7 +144,7 @@ class Flow:
             {name: _counted(path) for name, path in paths.items()},
             told,
             events[-1]["records_lost"],
-            self.latencies_ms(0),
+            [_latency_ms(event) for event in events if _is_ours(event)],
             rss_kib,
         )
 
@@ -175,13 +160,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _until(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def _until_quiet(paths: Any, timeout_s: float = 120.0) -> None:
     sizes: list[int] = []
     deadline = time.monotonic() + timeout_s
@@ -190,9 +168,8 @@ def _until_quiet(paths: Any, timeout_s: float = 120.0) -> None:
         time.sleep(QUIET_S)
 
 
-def _count(path: Path, needle: bytes) -> int:
-    with path.open("rb") as file:
-        return sum(part.count(needle) for part in file)
+def _has_started(path: Path) -> bool:
+    return b'"event":"started"' in path.read_bytes()
 
 
 def _events(path: Path) -> Iterator[dict[str, Any]]:
@@ -209,18 +186,15 @@ def _counted(path: Path) -> Counted:
             missing += event["dropped"]
             continue
         lines += 1
-        stalls += event["event"] == "stall" and _is_ours(event)
+        stalls += _is_ours(event)
     return Counted(stalls, lines, missing)
 
 
 def _is_ours(event: dict[str, Any]) -> bool:
     # A busy machine has stalls of its own meanwhile.
-    return event["blocker"] is not None and event["blocker"]["comm"] == "synthetic"
+    return event["event"] == "stall" and (event["blocker"] or {}).get("comm") == "synthetic"
 
 
-def _latency_ms(line: bytes) -> float | None:
-    event = json.loads(line)
-    if event["event"] != "stall" or not _is_ours(event):
-        return None
+def _latency_ms(event: dict[str, Any]) -> float:
     begun, made = (datetime.fromisoformat(event[key]) for key in ("started_at", "timestamp"))
     return (made - begun).total_seconds() * 1e3 - float(event["duration_ms"])

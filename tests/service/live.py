@@ -160,7 +160,7 @@ class Tail:
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(self._command, **self._popen)
         self._threads = [
-            threading.Thread(target=self._read, args=(name, stream))
+            threading.Thread(target=self._read, args=(name, stream), daemon=True)
             for name, stream in (("output", self.process.stdout), ("errors", self.process.stderr))
             if stream is not None
         ]
@@ -217,7 +217,7 @@ class Terminal:
         if self.pid == 0:
             os.execve(self._command[0], self._command, self._environment)
         self.resize(*self._size)
-        self._thread = threading.Thread(target=self._read)
+        self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
         self._status: int | None = None
         return self

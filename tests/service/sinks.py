@@ -15,17 +15,11 @@ from stalld.events import rfc3339
 from stalld.sinks.outbox import Stats
 from stalld.sinks.sink import Context, Sink
 from tests.service.rsyslog import Rsyslog
-from tests.service.surroundings import Loop, until
+from tests.service.surroundings import MAX_PUT_S, Loop, until
 
 CLOSE_S = 1.0
-MAX_PUT_S = 0.02
 STOPPED_KIB = 64
 """The queue of a sink whose server stands still."""
-
-
-def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 10.0) -> None:
-    """:func:`until`, with the time that a real server may take."""
-    until(condition, timeout_s, what)
 
 
 class Running:
@@ -93,15 +87,13 @@ class Running:
 
     def wait_for_trouble(self, over: bool = False, timeout_s: float = 10.0) -> str:
         """What was said when the latest trouble began, or ended."""
-        wait_until(
-            lambda: bool(self.troubles) and self.troubles[-1].over is over, "trouble", timeout_s
-        )
+        until(lambda: self.troubles and self.troubles[-1].over is over, timeout_s, "trouble")
         return self.troubles[-1].reason
 
     def wait_delivered(self, count: int, timeout_s: float = 10.0) -> None:
         """Until so many events are counted as delivered."""
         with suppress(AssertionError):
-            wait_until(lambda: self.stats.delivered >= count, "", timeout_s)
+            until(lambda: self.stats.delivered >= count, timeout_s)
         assert self.stats.delivered >= count, (self.stats, self.troubles)
 
 
@@ -135,7 +127,7 @@ def put_while_stopped(rsyslog: Rsyslog, sink: Running, count: int) -> Stats:
     sink.wait_delivered(1)
     rsyslog.kill(signal.SIGSTOP)
     try:
-        wait_until(lambda: bool(sink.put(50, padding=1000)) and sink.stats.dropped > 0, "full")
+        until(lambda: sink.put(50, padding=1000) and sink.stats.dropped > 0, what="full")
         sink.put_s.clear()
         sink.put(count, padding=1000)
         stats = sink.stats
@@ -144,10 +136,10 @@ def put_while_stopped(rsyslog: Rsyslog, sink: Running, count: int) -> Stats:
         print(f"put, blocked: median {statistics.median(sink.put_s) * 1e6:.1f} us")
     finally:
         rsyslog.kill(signal.SIGCONT)
-    wait_until(lambda: sink.stats.queued == 0, "all delivered")
+    until(lambda: sink.stats.queued == 0, what="all delivered")
     sink.put(1)
     last = sink.count - 1
-    wait_until(lambda: rsyslog.events()[-1].get("number") == last, "the last event")
+    until(lambda: rsyslog.events()[-1].get("number") == last, what="the last event")
     assert told_gaps(rsyslog.events(), sink.count) == stats.dropped
     return stats
 

@@ -1,13 +1,19 @@
-"""Sinks in a real event loop, fed as the daemon feeds them: from another thread, under a lock."""
+"""What the service tests share: an event loop for sinks, processes that end, and waiting.
+
+Sinks are fed in it as the daemon feeds them: from another thread, under a lock.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import uvloop
@@ -16,6 +22,11 @@ from stalld import degraded
 from stalld.events import Event
 from stalld.sinks.emitter import Emitter
 from stalld.sinks.sink import Context, Sink, Trouble
+from tests.slowness import slow
+
+MAX_PUT_S = 1.0
+"""To give a sink an event takes less, whatever its reader does: whoever waited for one that stands
+still would wait for ever. (A hypervisor may take the CPU meanwhile, for 100 ms or so.)"""
 
 
 class Loop:
@@ -35,7 +46,7 @@ class Loop:
         self.troubles: list[Trouble] = []
         self.emitter = Emitter(lambda line, event: self._publish(line, event), time.time_ns, "host")
         self._publish: Callable[[bytes, Event], None] = lambda line, event: None
-        self._thread = threading.Thread(target=self.loop.run_forever)
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
         self.context = Context(
             self.loop,
@@ -87,12 +98,37 @@ class Loop:
         return time.perf_counter() - begun
 
 
-def until(condition: Callable[[], object], timeout_s: float = 5.0, what: str = "it") -> None:
-    """Wait until it holds; fail when it does not in time."""
-    deadline = time.monotonic() + timeout_s
+def until(condition: Callable[[], object], timeout_s: float = 10.0, what: str = "it") -> None:
+    """Wait until it holds; fail when it does not in time, or in so much more on a slow machine."""
+    deadline = time.monotonic() + slow(timeout_s)
     while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        assert time.monotonic() < deadline, f"not within {slow(timeout_s):g} s: {what}"
         time.sleep(0.005)
+
+
+@contextmanager
+def started(command: Sequence[str], **popen: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process that at the end is killed, should it still be there, and whose pipes are closed.
+
+    Args:
+        command: what it runs; it is not waited for until that is ready.
+        popen: further arguments of ``subprocess.Popen``.
+    """
+    process: subprocess.Popen[Any] = subprocess.Popen(command, **popen)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(slow(10))
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """/proc/PID/status."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def numbers(lines: bytes | str) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,9 @@ from tests.injector.records import Sent
 from tests.service.flow import Flow, Result
 
 pytestmark = pytest.mark.kernel
+
+MAX_LATENCY_MS = 1000.0
+"""Generous, for a busy machine: from a record to its line."""
 
 
 def check(result: Result) -> None:
@@ -59,18 +61,16 @@ def test_more_than_it_can_take(tmp_path: Path) -> None:
 def test_readers_that_stand_still(tmp_path: Path) -> None:
     """A stopped tail and a stopped collector delay no line, and learn later what they missed."""
     with Flow(tmp_path) as flow, flow.source() as source:
-        medians: dict[bool, list[float]] = {False: [], True: []}
         total = Sent(0, 0)
-        for stopped in (False, True, False, True):
-            before = flow.lines()
-            with flow.stopped("tail", "rsyslog") if stopped else flow.stopped():
-                sent = source.flow(per_second=300, seconds=1.5)
+        for _ in range(2):
+            with flow.stopped("tail", "rsyslog"):
+                sent = source.flow(per_second=300, seconds=3)
             total = Sent(total.sent + sent.sent, total.lost + sent.lost)
-            medians[stopped].append(statistics.median(flow.latencies_ms(before)))
-        # Bursts of 50: half of them are made after 25 others.
-        assert min(medians[True]) < 2 * max(medians[False]) + 2, medians
         result = flow.finish(total)
     assert total.lost == 0
     check(result)
     for name in ("stdout", "file"):
         assert result.sinks[name].stalls == total.sent
+    # The socket of a stopped tail is full within a second: had a line waited for room there, it
+    # and all after it would have until the tail went on.
+    assert max(result.latency_ms) < MAX_LATENCY_MS

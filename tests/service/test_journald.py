@@ -8,15 +8,16 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.injector import Injector, Kind, Mode, Pressure, Truth
-from tests.kernel.daemon import COMMAND, START_TIMEOUT_S, UNLIMITED, Event
+from tests.kernel.daemon import COMMAND, START_S, UNLIMITED, Event
 from tests.kernel.daemon import STALLED_CPU as CPU
+from tests.service.surroundings import started, until
 from tests.unit import schema
 
 pytestmark = pytest.mark.kernel
@@ -49,13 +50,14 @@ class Journal:
     def __init__(self, stack: ExitStack) -> None:
         # PID and network namespaces stay the host's: journald reads our /proc/PID/cgroup.
         self._stack = stack
-        self._holder = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", SETUP],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+        self._holder = stack.enter_context(
+            started(
+                ["unshare", "--mount", "sh", "-c", SETUP],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
         )
-        stack.callback(end, self._holder)
         assert self._holder.stdout is not None
         assert self._holder.stdout.readline() == "ready\n"
         self._root = Path(f"/proc/{self._holder.pid}/root")
@@ -65,14 +67,15 @@ class Journal:
         """Run journald; on return it listens."""
         inside = ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt"]
         less = "--bounding-set=-audit_control,-audit_read,-sys_boot,-sys_module"
-        self._daemon = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", less, *inside, JOURNALD],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        self._daemon = self._stack.enter_context(
+            started(
+                ["setpriv", "--pdeathsig", "KILL", less, *inside, JOURNALD],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
         )
-        self._stack.callback(end, self._daemon)
-        wait_until(self._listens, "systemd-journald does not listen")
+        until(self._listens, what="systemd-journald listens")
 
     def kill(self) -> None:
         """It is gone in an instant, its sockets with it."""
@@ -117,22 +120,6 @@ class Journal:
         return False
 
 
-def end(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
-    """Whatever state it is in."""
-    process.kill()
-    process.wait(10)
-    for stream in (process.stdin, process.stdout, process.stderr):
-        if stream is not None:
-            stream.close()
-
-
-def wait_until(holds: Callable[[], object], otherwise: str, timeout_s: float = 10) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def journal() -> Iterator[Journal]:
     """A journald that runs, which nobody else speaks to."""
@@ -145,25 +132,25 @@ def journal() -> Iterator[Journal]:
 @contextmanager
 def running(journal: Journal) -> Iterator[subprocess.Popen[str]]:
     """A daemon that writes into the journal, and has started."""
-    with journal.stream() as stream:
-        status = os.fstat(stream.fileno())
-        process = subprocess.Popen(
-            [COMMAND, "run", "--config", UNLIMITED],
-            stdout=stream.fileno(),
-            stderr=subprocess.PIPE,
-            text=True,
-            # As systemd tells a service whose output goes to the journal.
-            env={**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
-        )
-    try:
-        wait_until(
+    with ExitStack() as stack:
+        with journal.stream() as stream:
+            status = os.fstat(stream.fileno())
+            process = stack.enter_context(
+                started(
+                    [COMMAND, "run", "--config", UNLIMITED],
+                    stdout=stream.fileno(),
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    # As systemd tells a service whose output goes to the journal.
+                    env={**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
+                )
+            )
+        until(
             lambda: process.poll() is not None or events(journal, process.pid, "started"),
-            "nothing came into the journal",
-            START_TIMEOUT_S,
+            START_S,
+            "something is in the journal",
         )
         yield process
-    finally:
-        end(process)
 
 
 def events(journal: Journal, pid: int, name: str) -> list[Event]:
@@ -190,11 +177,11 @@ def test_events_reach_the_journal(journal: Journal) -> None:
                 for e in found
             )
 
-        wait_until(told, "the stall is not in the journal")
+        until(told, what="the stall is in the journal")
         process.terminate()
         assert process.wait(10) == 0
-        wait_until(
-            lambda: events(journal, process.pid, "stopped"), "the last line is not in the journal"
+        until(
+            lambda: events(journal, process.pid, "stopped"), what="the last line is in the journal"
         )
         entries = journal.entries(process.pid)
         assert {e["SYSLOG_IDENTIFIER"] for e in entries} == {IDENTIFIER}

@@ -7,50 +7,86 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import pytest
 
-from tests.injector import Injector, Kind, Mode, Pressure
+from stalld.live_request import PROTOCOL
+from stalld.records import LOOKBACK_SAMPLES
+from tests.injector import Injector, Kind, Mode, Pressure, system
 from tests.injector.records import RecordSource
-from tests.kernel.daemon import COMMAND, Daemon, bpf_objects, bpf_objects_of, children
+from tests.kernel.daemon import (
+    COMMAND,
+    START_S,
+    UNLIMITED,
+    Daemon,
+    Event,
+    bpf_objects,
+    bpf_objects_of,
+    children,
+)
 from tests.kernel.daemon import STALLED_CPU as CPU
-from tests.service.surroundings import until
+from tests.service.live import Client
+from tests.service.surroundings import started, status_of, until
 
 pytestmark = pytest.mark.kernel
 
 STOP_S = 2.0
+FORCED_S = 0.8
+"""A second signal ends it within this time: it does not wait for its readers, who have a second."""
 
 
 class Files:
-    """A configuration and a file of events in a directory of the test's own."""
+    """A configuration, a file of events and a live socket in a directory of the test's own."""
 
     def __init__(self, directory: Path) -> None:
         self.config = directory / "config.toml"
         self.events = directory / "events.jsonl"
+        self.socket = directory / "live.sock"
+        self.command = [COMMAND, "run", "--config", str(self.config)]
 
-    def write(self, text: str = "", *, threshold_ms: float = 10, file: bool = True) -> None:
+    def write(
+        self, text: str = "", *, threshold_ms: float = 10, file: bool = True, live: bool = False
+    ) -> None:
         """Write the configuration."""
         sink = f"[[sinks.file]]\npath = '{self.events}'\n" if file else ""
+        served = f"{{ socket = '{self.socket}', group = '' }}" if live else "{ enabled = false }"
         self.config.write_text(
-            f"detect.threshold_ms = {threshold_ms}\nlive.enabled = false\n"
+            f"detect.threshold_ms = {threshold_ms}\nlive = {served}\n"
             f"storm.stalls_per_second = 1000\nstorm.identical_per_minute = 10000\n{text}\n{sink}"
         )
 
     def wait_for_start(self, process: subprocess.Popen[bytes]) -> None:
         """Wait until the file says that everything is attached."""
-        until(lambda: self.events.exists() or process.poll() is not None, 60)
+        until(lambda: self.events.exists() or process.poll() is not None, START_S)
         until(lambda: process.poll() is not None or self.told("started"))
         assert process.poll() is None
 
-    def told(self, event: str) -> list[dict[str, Any]]:
+    def told(self, event: str) -> list[Event]:
         """Events of that name in the file so far."""
-        lines = self.events.read_bytes().split(b"\n")[:-1]
-        return [told for line in lines if (told := json.loads(line))["event"] == event]
+        return [told for told in events_of(self.events) if told["event"] == event]
+
+
+def events_of(path: Path) -> list[Event]:
+    """The whole lines of a file of events."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def resolved_in(path: Path) -> list[str]:
+    """The ids of stalls whose last line is in a file of events."""
+    return [event["stall_id"] for event in events_of(path) if event.get("phase") == "resolved"]
+
+
+def blamed(event: Event) -> str | None:
+    """Whom a stall names; None: nobody, as when the hypervisor had the CPU."""
+    comm: str | None = (event["blocker"] or {}).get("comm")
+    return comm
 
 
 @pytest.fixture
@@ -76,74 +112,107 @@ def reload(daemon: Daemon, said: str) -> None:
     until(lambda: daemon.log().count(said) > already)
 
 
-def started(arguments: list[str], **settings: Any) -> subprocess.Popen[bytes]:
-    """A daemon, without a wait for its first event."""
-    return subprocess.Popen([COMMAND, "run", *arguments], **settings)
+def command_line(pid: int) -> bytes:
+    """Of a process; empty when it is over."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
-def test_stops_while_it_starts(files: Files) -> None:
-    """SIGTERM during the start ends it soon and without an event."""
-    for delay_s in (0.3, 0.45):
-        process = started(["--config", str(files.config)], stdout=subprocess.PIPE)
-        time.sleep(delay_s)
+def probe_child(daemon: int) -> int:
+    """Wait for a daemon's child to be a program of its own, which compiles; its pid."""
+
+    def found() -> list[int]:
+        return [pid for pid in children(daemon) if b"stalld.probe" in command_line(pid)]
+
+    until(found, START_S, "a probe child")
+    return found()[0]
+
+
+def takes(pid: int, number: int) -> bool:
+    """Whether a process handles a signal itself."""
+    return bool(int(status_of(pid)["SigCgt"], 16) & 1 << (number - 1))
+
+
+def test_stops_before_it_takes_signals(files: Files, tmp_path: Path) -> None:
+    """SIGTERM so early ends it as any program, without an event, and its child with it."""
+    # It is held where it would import its event loop.
+    (tmp_path / "uvloop.py").write_text("import signal\nsignal.pause()\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with started(files.command, stdout=subprocess.PIPE, env=environment) as process:
+        child = probe_child(process.pid)
+        process.terminate()
+        out, _ = process.communicate(timeout=10)
+        assert (process.returncode, out) == (-signal.SIGTERM, b"")
+        until(lambda: not command_line(child))
+
+
+def test_stops_while_it_compiles(files: Files) -> None:
+    """SIGTERM ends it soon, in order and without an event, and its child with it."""
+    with started(files.command, stdout=subprocess.PIPE) as process:
+        child = probe_child(process.pid)
+        # It is held: it would be done before long.
+        os.kill(child, signal.SIGSTOP)
+        until(lambda: takes(process.pid, signal.SIGTERM))
         process.terminate()
         asked = time.monotonic()
         out, _ = process.communicate(timeout=10)
         assert time.monotonic() - asked < STOP_S
-        assert (process.returncode, out) in ((0, b""), (-signal.SIGTERM, b""))
-        assert not Path(f"/proc/{process.pid}").exists()
+        assert (process.returncode, out) == (0, b"")
+        assert not command_line(child)
 
 
-def full_pipe() -> tuple[int, int]:
-    """A pipe without room for one more byte."""
+@contextmanager
+def full_pipe() -> Iterator[int]:
+    """The writing end of a pipe without room for one more byte, which nobody reads."""
     reading, writing = os.pipe()
-    os.set_blocking(writing, False)
     try:
-        while True:
-            os.write(writing, b"\n" * 4096)
-    except BlockingIOError:
+        os.set_blocking(writing, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writing, b"\n" * 4096)
         os.set_blocking(writing, True)
-    return reading, writing
+        yield writing
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def test_reader_that_never_reads(files: Files, stalls: tuple[Injector, Pressure]) -> None:
     """It detects on, stops in time, and says how many events nobody took."""
     injector, pressure = stalls
-    reading, writing = full_pipe()
-    process = started(["--config", str(files.config)], stdout=writing, stderr=subprocess.PIPE)
-    os.close(writing)
-    files.wait_for_start(process)
-    injector.inject(Kind.BH_OFF, 50, pressure=pressure)
-    until(lambda: any(e["phase"] == "resolved" for e in files.told("stall")))
-    process.terminate()
-    asked = time.monotonic()
-    _, said = process.communicate(timeout=10)
-    assert time.monotonic() - asked < STOP_S
-    assert process.returncode == 0
+    with (
+        full_pipe() as writing,
+        started(files.command, stdout=writing, stderr=subprocess.PIPE) as process,
+    ):
+        files.wait_for_start(process)
+        injector.inject(Kind.BH_OFF, 50, pressure=pressure)
+        until(lambda: any(e["phase"] == "resolved" for e in files.told("stall")))
+        process.terminate()
+        asked = time.monotonic()
+        _, said = process.communicate(timeout=10)
+        assert time.monotonic() - asked < STOP_S
+        assert process.returncode == 0
     assert b"events could not be delivered" in said
     (stopped,) = files.told("stopped")
     sinks = {sink["name"]: sink for sink in stopped["sinks"]}
     assert sinks["stdout"]["delivered"] == 0
     assert sinks["stdout"]["queued"] == sinks[f"file {files.events}"]["delivered"] >= 3
-    os.close(reading)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_second_signal_forces(files: Files, number: signal.Signals) -> None:
     """While it waits for a reader that never reads, a second signal ends it at once."""
-    reading, writing = full_pipe()
-    process = started(["--config", str(files.config)], stdout=writing)
-    os.close(writing)
-    files.wait_for_start(process)
-    loaded = bpf_objects_of(process.pid)
-    assert {kind for kind, _ in loaded} == {"prog", "map", "link"}
-    process.send_signal(number)
-    until(lambda: files.told("stopped"))
-    process.send_signal(number)
-    asked = time.monotonic()
-    assert process.wait(5) == -number
-    assert time.monotonic() - asked < 0.3
-    os.close(reading)
+    with full_pipe() as writing, started(files.command, stdout=writing) as process:
+        files.wait_for_start(process)
+        loaded = bpf_objects_of(process.pid)
+        assert {kind for kind, _ in loaded} == {"prog", "map", "link"}
+        process.send_signal(number)
+        until(lambda: files.told("stopped"))
+        process.send_signal(number)
+        asked = time.monotonic()
+        assert process.wait(5) == -number
+        assert time.monotonic() - asked < FORCED_S
     # Not while the kernel empties the program array: docs/decisions/0004.
     time.sleep(1)
     until(lambda: not loaded & bpf_objects())
@@ -160,12 +229,66 @@ def test_reload_changes_the_threshold(files: Files, stalls: tuple[Injector, Pres
         truth = injector.inject(Kind.BH_OFF, 50, pressure=pressure)
         lines = daemon.of(truth)
         assert lines[-1]["verdict"] == "softirqs_disabled"
-        assert [e for e in daemon.stalls() if e["blocker"]["comm"] == "inj-bh-off"] == lines
+        assert [e for e in daemon.stalls() if blamed(e) == "inj-bh-off"] == lines
         files.write(threshold_ms=100)
         reload(daemon, "event='reloaded'")
         injector.inject(Kind.BH_OFF, 50, pressure=pressure)
         time.sleep(0.3)
-        assert [e for e in daemon.stalls() if e["blocker"]["comm"] == "inj-bh-off"] == lines
+        assert [e for e in daemon.stalls() if blamed(e) == "inj-bh-off"] == lines
+        assert daemon.stop() == 0
+
+
+@contextmanager
+def timers() -> Iterator[None]:
+    """On the stalled CPU one of the kernel's timers is always about to expire within 100 ms."""
+
+    def wait() -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as nobodys:
+            # Not settimeout(): poll() waits with an hrtimer, which is none of the vector TIMER.
+            within = struct.pack("ll", 0, 100_000)
+            nobodys.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, within)
+            while True:
+                with suppress(BlockingIOError):
+                    nobodys.recv(1)
+
+    pid = system.fork_task("timers", CPU, wait)
+    try:
+        yield
+    finally:
+        system.end_task(pid)
+
+
+TAKEN_UP: dict[str, Callable[[Event], bool]] = {
+    "vectors = ['TIMER']": lambda stall: set(stall["starved"]) == {"TIMER"},
+    "lookback = false": lambda stall: not stall["lookback"],
+    "max_samples = 1": lambda stall: stall["evidence"]["samples"] <= 1,
+}
+"""Settings of ``[detect]``, and what shows in a long stall that one of them is in force."""
+
+
+@pytest.mark.parametrize("setting", TAKEN_UP)
+def test_reload_changes_what_is_seen(
+    files: Files, stalls: tuple[Injector, Pressure], setting: str
+) -> None:
+    """After SIGHUP stalls are told by what then is watched, kept and sampled."""
+    injector, pressure = stalls
+    taken_up = TAKEN_UP[setting]
+    with Daemon("--config", str(files.config)) as daemon, timers():
+
+        def stall() -> Event:
+            # The second: the first one's ticks are what it may look back on.
+            injector.inject(Kind.BH_OFF, 200, pressure=pressure)
+            return daemon.of(injector.inject(Kind.BH_OFF, 200, pressure=pressure))[-1]
+
+        before = stall()
+        assert "NET_RX" in before["starved"]
+        assert not taken_up(before)
+        files.write(f"detect.{setting}")
+        reload(daemon, "event='reloaded'")
+        # What was kept until then is soon too old.
+        time.sleep(2 * LOOKBACK_SAMPLES * max(daemon.started["tick_ms"], 4) / 1000)
+        after = stall()
+        assert taken_up(after), after
         assert daemon.stop() == 0
 
 
@@ -185,10 +308,9 @@ def test_reloads_lose_nothing(files: Files, stalls: tuple[Injector, Pressure]) -
     assert len(set(ids)) == len(truths)
     for told in lines:
         assert [e["phase"] for e in told].count("resolved") == 1
-        assert told[-1]["blocker"]["comm"] == "inj-bh-off"
+        assert blamed(told[-1]) in ("inj-bh-off", None)
     ours = [json.loads(line) for line in daemon.lines]
-    theirs = [json.loads(line) for line in files.events.read_text().splitlines()]
-    assert ours == theirs
+    assert ours == events_of(files.events)
     assert all(sink["dropped"] == 0 for sink in ours[-1]["sinks"])
 
 
@@ -217,13 +339,16 @@ def test_bad_file_changes_nothing(files: Files, stalls: tuple[Injector, Pressure
     assert [e["state"] for e in files.told("degraded")] == ["begun", "begun", "ended"]
 
 
-def test_command_line_stays_over_the_file(files: Files) -> None:
+def test_command_line_stays_over_the_file(files: Files, stalls: tuple[Injector, Pressure]) -> None:
     """--threshold-ms outlives a reload; the kernel goes by it."""
+    injector, pressure = stalls
     files.write(threshold_ms=77)
     with Daemon("--config", str(files.config), "--threshold-ms", "5") as daemon:
         assert daemon.started["threshold_ms"] == 5
         files.write(threshold_ms=88, file=False)
         reload(daemon, "event='reloaded'")
+        lines = daemon.of(injector.inject(Kind.BH_OFF, 30, pressure=pressure))
+        assert "NET_RX" in lines[-1]["starved"]
         assert daemon.stop() == 0
 
 
@@ -233,23 +358,33 @@ def test_sinks_come_and_go(files: Files, stalls: tuple[Injector, Pressure]) -> N
     files.write(file=False)
     with Daemon("--config", str(files.config)) as daemon:
         assert daemon.started["sinks"] == ["stdout"]
-        injector.inject(Kind.BH_OFF, 50, pressure=pressure)
+
+        def stall() -> str:
+            # All its lines are there: what changes then changes after it.
+            lines = daemon.of(injector.inject(Kind.BH_OFF, 50, pressure=pressure))
+            return str(lines[-1]["stall_id"])
+
+        early = stall()
         files.write()
         reload(daemon, "event='reloaded'")
-        daemon.of(injector.inject(Kind.BH_OFF, 50, pressure=pressure))
+        first = stall()
+        # What its thread has not written when it opens the file anew goes there.
+        until(lambda: first in resolved_in(files.events))
         moved = files.events.rename(files.events.with_suffix(".1"))
         reload(daemon, "event='reloaded'")
-        daemon.of(injector.inject(Kind.BH_OFF, 50, pressure=pressure))
+        second = stall()
         files.write(file=False)
         reload(daemon, "event='reloaded'")
-        daemon.of(injector.inject(Kind.BH_OFF, 50, pressure=pressure))
+        late = stall()
         assert daemon.stop() == 0
-    resolved = [e["stall_id"] for e in daemon.stalls("resolved")]
-    kept = [json.loads(line) for line in moved.read_text().splitlines()]
-    assert [e["stall_id"] for e in kept if e.get("phase") == "resolved"] == resolved[1:2]
-    assert [e["stall_id"] for e in files.told("stall") if e["phase"] == "resolved"] == resolved[2:3]
+    ours = {early, first, second, late}
+    assert len(ours) == 4
+    # The machine may have stalls of its own besides.
+    assert [one for one in resolved_in(moved) if one in ours] == [first]
+    assert [one for one in resolved_in(files.events) if one in ours] == [second]
+    lines = len(events_of(moved)) + len(events_of(files.events))
     sinks = {sink["name"]: sink for sink in daemon.events[-1]["sinks"]}
-    assert sinks[f"file {files.events}"]["delivered"] == len(kept) + len(files.told("stall"))
+    assert sinks[f"file {files.events}"]["delivered"] == lines
 
 
 def test_settings_that_cannot_be_read_to_their_end(files: Files) -> None:
@@ -272,29 +407,50 @@ def test_settings_that_cannot_be_read_to_their_end(files: Files) -> None:
 def test_no_reload_after_the_end(files: Files) -> None:
     """While the last events are delivered no sink is opened any more."""
     files.write("[[sinks.tcp]]\naddress = '127.0.0.1:1'")
-    command = ["--config", str(files.config), "--duration", "1"]
-    process = started(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    files.wait_for_start(process)
-    until(lambda: files.told("stopped"))
-    process.send_signal(signal.SIGHUP)
-    _, said = process.communicate(timeout=10)
-    assert process.returncode == 0
+    command = [*files.command, "--duration", "1"]
+    with started(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        files.wait_for_start(process)
+        until(lambda: files.told("stopped"))
+        process.send_signal(signal.SIGHUP)
+        _, said = process.communicate(timeout=10)
+        assert process.returncode == 0
     assert b"reloaded" not in said
-    assert json.loads(files.events.read_bytes().splitlines()[-1])["event"] == "stopped"
+    assert events_of(files.events)[-1]["event"] == "stopped"
 
 
-def test_live_client_that_never_reads(files: Files, tmp_path: Path) -> None:
+def test_live_hello(files: Files, stalls: tuple[Injector, Pressure]) -> None:
+    """Who connects is told first which run of which daemon it talks to, and how that does."""
+    injector, pressure = stalls
+    files.write(live=True)
+    with Daemon("--config", str(files.config)) as daemon:
+        lines = daemon.of(injector.inject(Kind.BH_OFF, 50, pressure=pressure))
+        with Client(files.socket, {"stats": True}) as client:
+            hello = client.line()
+    assert hello is not None
+    assert hello["live"] == PROTOCOL
+    assert lines[0]["stall_id"].startswith(f"{hello['run']}-")
+    for name in ("version", "kernel", "threshold_ms"):
+        assert hello[name] == daemon.started[name], name
+    assert hello["uptime_ms"] > 0
+    assert hello["stalls"] >= 1
+    assert hello["records_lost"] == 0
+    assert [sink["name"] for sink in hello["sinks"]] == daemon.started["sinks"]
+    assert len(hello["sinks"]) == 3
+    # `started`, and this stall.
+    assert hello["sinks"][0]["delivered"] >= 1 + len(lines)
+    for sink in hello["sinks"]:
+        assert sink.keys() == {"name", "delivered", "queued", "dropped"}
+
+
+def test_live_client_that_never_reads(files: Files) -> None:
     """What it did not take is told of at the end."""
-    socket_path = tmp_path / "live.sock"
-    files.write(f"[live]\nsocket = '{socket_path}'\ngroup = ''")
-    text = files.config.read_text().replace("live.enabled = false\n", "")
-    files.config.write_text(text)
+    files.write(live=True)
     with (
         Daemon("--config", str(files.config)) as daemon,
         socket.socket(socket.AF_UNIX) as client,
         RecordSource(daemon.pid, CPU) as source,
     ):
-        client.connect(str(socket_path))
+        client.connect(str(files.socket))
         client.sendall(b"{}\n")
         assert client.recv(1)
         source.flow(500, 1.0)
@@ -307,23 +463,24 @@ def test_stdout_lost_and_a_file_left(files: Files, stalls: tuple[Injector, Press
     """Without a reader of standard output it goes on, and says so where it still can."""
     injector, pressure = stalls
     reading, writing = os.pipe()
-    process = started(["--config", str(files.config)], stdout=writing)
-    os.close(writing)
-    assert b"started" in os.read(reading, 1 << 16)
-    os.close(reading)
-    injector.inject(Kind.BH_OFF, 50, pressure=pressure)
-    until(lambda: files.told("degraded"))
-    (told,) = files.told("degraded")
-    assert (told["name"], told["state"]) == ("stdout", "begun")
-    process.terminate()
-    assert process.wait(5) == 0
+    with started(files.command, stdout=writing) as process:
+        os.close(writing)
+        with os.fdopen(reading, "rb"):
+            files.wait_for_start(process)
+            assert b"started" in os.read(reading, 1 << 16)
+        injector.inject(Kind.BH_OFF, 50, pressure=pressure)
+        until(lambda: files.told("degraded"))
+        (told,) = files.told("degraded")
+        assert (told["name"], told["state"]) == ("stdout", "begun")
+        process.terminate()
+        assert process.wait(5) == 0
     assert files.told("stopped")
 
 
 def test_stdout_not_wanted(files: Files) -> None:
     """Events that go elsewhere need no standard output: it may be closed."""
     files.write("sinks.stdout.enabled = false")
-    command = [COMMAND, "run", "--config", str(files.config), "--duration", "0.1"]
+    command = [*files.command, "--duration", "0.1"]
     done = subprocess.run(
         ["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True, timeout=60
     )
@@ -333,15 +490,13 @@ def test_stdout_not_wanted(files: Files) -> None:
 
 def test_killed_child() -> None:
     """A probe child that is killed is named, and the daemon ends with status 1."""
-    with subprocess.Popen(
-        [COMMAND, "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        until(lambda: children(process.pid))
-        os.kill(children(process.pid)[0], signal.SIGKILL)
+    command = [COMMAND, "run", "--config", UNLIMITED]
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        os.kill(probe_child(process.pid), signal.SIGKILL)
         out, said = process.communicate(timeout=20)
-    assert (process.returncode, out) == (1, "")
-    assert "the probe child ended with status -9 before it answered" in said
-    assert "Traceback" not in said
+    assert (process.returncode, out) == (1, b"")
+    assert b"the probe child ended with status -9 before it answered" in said
+    assert b"Traceback" not in said
 
 
 @pytest.mark.parametrize(
@@ -357,7 +512,7 @@ def test_missing_library(library: str, named: str) -> None:
     assert binds
     assert shutil.which("unshare")
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", f"{binds} exec {COMMAND} run"],
+        ["unshare", "--mount", "sh", "-c", f"{binds} exec {COMMAND} run --config {UNLIMITED}"],
         capture_output=True,
         text=True,
         timeout=30,
@@ -375,6 +530,12 @@ class Manager:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(str(path))
         self.said: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
 
     def heard(self, wanted: str, timeout_s: float = 5.0) -> str:
         """Wait for a message that has this line, or a line that begins so."""
@@ -404,14 +565,16 @@ def test_service_manager(
 ) -> None:
     """It is told when all is ready, how it goes, of reloads and the end, and fed meanwhile."""
     injector, pressure = stalls
-    manager = Manager(tmp_path / "notify")
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
     monkeypatch.setenv("WATCHDOG_USEC", "600000")
-    with Daemon("--config", str(files.config)) as daemon:
+    with (
+        Manager(tmp_path / "notify") as manager,
+        Daemon("--config", str(files.config)) as daemon,
+    ):
         ready = manager.heard("READY=1")
         # The probe child could have said so before.
         assert len(manager.said) == 1
-        assert "STATUS=2 CPUs, threshold 10 ms; 0 stalls" in ready
+        assert f"STATUS={len(system.online_cpus())} CPUs, threshold 10 ms; " in ready
         for _ in range(3):
             manager.heard("WATCHDOG=1", 0.6)
         injector.inject(Kind.BH_OFF, 50, pressure=pressure)
@@ -431,4 +594,3 @@ def test_service_manager(
         assert "the configuration file has errors" in manager.heard("READY=1")
         assert daemon.stop() == 0
         manager.heard("STOPPING=1")
-    manager.socket.close()

@@ -12,7 +12,7 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ import pytest
 
 from stalld.live_request import PROTOCOL
 from stalld.tail.client import MAX_LINE_BYTES
-from tests.service.live import Client, Server, Tail, Terminal, asked
+from tests.service.live import TAIL, Client, Server, Tail, Terminal, asked
 from tests.service.surroundings import missing, numbers, until
 from tests.unit.tail.test_view import STALL
 
@@ -437,21 +437,23 @@ def test_a_group_that_is_not_there(path: Path) -> None:
 
 @needs_root
 @pytest.mark.parametrize(("in_group", "status"), [(True, 0), (False, 1)])
-def test_who_gets_in(path: Path, in_group: bool, status: int) -> None:
+def test_who_gets_in(in_group: bool, status: int) -> None:
     """A user of the group does; anybody else is told what to do."""
     group = next(g for g in grp.getgrall() if g.gr_gid not in (0, 65_534))
-    for directory in [path.parent, *path.parent.parents][:-2]:
-        directory.chmod(0o755)
-    with Server(path, group=group.gr_name):
-        done = subprocess.run(
-            [sys.executable, "-m", "stalld.cli", "tail", "--socket", str(path), "--stats"],
-            user=65_534,
-            group=65_534,
-            extra_groups=[group.gr_gid] if in_group else [],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
+    # Nobody but us gets to what is below tmp_path.
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        os.chmod(directory, 0o755)
+        path = Path(directory) / "live.sock"
+        with Server(path, group=group.gr_name):
+            done = subprocess.run(
+                [*TAIL, "--socket", str(path), "--stats"],
+                user=65_534,
+                group=65_534,
+                extra_groups=[group.gr_gid] if in_group else [],
+                capture_output=True,
+                text=True,
+                timeout=20,
+            )
     assert done.returncode == status, done.stderr
     if in_group:
         assert f"live: {PROTOCOL}\n" in done.stdout
@@ -604,12 +606,12 @@ def test_a_restart_of_the_service_is_survived(path: Path) -> None:
         assert early.process.wait(10) == 1
         assert b"is the service running?" in early.errors
         assert b"Traceback" not in early.errors
-    with Server(path) as server:
-        tail = Tail(path, "--json").__enter__()
-        until(lambda: server.clients == 1)
-        server.emit()
-        tail.wait_for(b'"count":0')
-    try:
+    with contextlib.ExitStack() as stack:
+        with Server(path) as server:
+            tail = stack.enter_context(Tail(path, "--json"))
+            until(lambda: server.clients == 1)
+            server.emit()
+            tail.wait_for(b'"count":0')
         tail.wait_for(b"lost the service")
         time.sleep(1.5)
         with Server(path) as server:
@@ -619,8 +621,6 @@ def test_a_restart_of_the_service_is_survived(path: Path) -> None:
             assert tail.errors.count(b"\n") == 2
             assert numbers(tail.output) == [0, 0]
             assert tail.end() == 0
-    finally:
-        tail.__exit__()
 
 
 def test_nobody_listens(path: Path) -> None:
@@ -631,7 +631,9 @@ def test_nobody_listens(path: Path) -> None:
             assert tail.process.wait(10) == 1
             assert b"nobody listens there" in tail.errors
         other.listen()
-        thread = threading.Thread(target=lambda: _answer(other, b"HTTP/1.1 400 Bad\r\n\x1b[2J\n"))
+        thread = threading.Thread(
+            target=_answer, args=(other, b"HTTP/1.1 400 Bad\r\n\x1b[2J\n"), daemon=True
+        )
         thread.start()
         with Tail(path) as tail:
             assert tail.process.wait(10) == 1
@@ -699,7 +701,7 @@ def rogue(path: Path, data: bytes) -> Iterator[None]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        thread = threading.Thread(target=_answer, args=(listener, hello + data))
+        thread = threading.Thread(target=_answer, args=(listener, hello + data), daemon=True)
         thread.start()
         yield
     thread.join()
@@ -842,20 +844,18 @@ def _shown(output: bytes) -> list[str]:
 
 def test_a_lost_service_lets_nothing_grow(path: Path) -> None:
     """What goes on is not known then."""
-    with Server(path) as server:
-        terminal = Terminal(path).__enter__()
-        until(lambda: server.clients == 1)
-        server.emit("stall", **stall(phase="ongoing"))
-        terminal.wait_for("so far")
-    try:
+    with contextlib.ExitStack() as stack:
+        with Server(path) as server:
+            terminal = stack.enter_context(Terminal(path))
+            until(lambda: server.clients == 1)
+            server.emit("stall", **stall(phase="ongoing"))
+            terminal.wait_for("so far")
         terminal.wait_for("lost the service")
         written = terminal.output.count(b"so far")
         time.sleep(0.6)
         assert terminal.output.count(b"so far") == written
         terminal.type(b"\x03")
         assert terminal.wait() == 0
-    finally:
-        terminal.__exit__()
 
 
 def test_peer_is_named_by_its_pid(path: Path) -> None:

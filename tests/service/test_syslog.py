@@ -17,9 +17,8 @@ from stalld import config
 from stalld.sinks.syslog import SyslogSink
 from tests.service.peer import Peer
 from tests.service.rsyslog import Rsyslog
-from tests.service.sinks import STOPPED_KIB, Running, put_while_stopped, wait_until
-
-"""Generous, for a busy machine: a put that waited would wait for seconds."""
+from tests.service.sinks import STOPPED_KIB, Running, put_while_stopped
+from tests.service.surroundings import until
 
 
 def running(address: str, **settings: Any) -> Running:
@@ -39,7 +38,7 @@ def test_rsyslog_gets_every_event(tmp_path: Path, way: str) -> None:
     with Rsyslog(tmp_path) as rsyslog, running(place(rsyslog, way)) as sink:
         events = sink.put(200) + sink.put(10, padding=40_000)
         sink.wait_delivered(210)
-        wait_until(lambda: len(rsyslog.events()) >= 210, "all events")
+        until(lambda: len(rsyslog.events()) >= 210, what="all events")
         assert rsyslog.events() == events
         assert sink.troubles == []
 
@@ -58,7 +57,7 @@ def test_header(tmp_path: Path, way: str) -> None:
         running(place(rsyslog, way), facility="local3", app_name="my-stalld") as sink,
     ):
         events = sink.put(3)
-        wait_until(lambda: len(rsyslog.events()) == 3, "all events")
+        until(lambda: len(rsyslog.events()) == 3, what="all events")
         for number, (got, event) in enumerate(zip(rsyslog.events(), events, strict=True)):
             got[8] = got[8].replace("+00:00", "Z")
             assert list(got) == [
@@ -81,7 +80,7 @@ def test_server_comes_goes_and_comes(tmp_path: Path, way: str) -> None:
             sink.wait_for_trouble(over=True)
             sink.put(20)
             sink.wait_delivered(40)
-            wait_until(lambda: len(rsyslog.events()) == 40, "the first events")
+            until(lambda: len(rsyslog.events()) == 40, what="the first events")
             rsyslog.stop(signal.SIGKILL)
             sink.put(1)
             delivered = sink.stats.delivered
@@ -89,7 +88,7 @@ def test_server_comes_goes_and_comes(tmp_path: Path, way: str) -> None:
             sink.wait_for_trouble()
             rsyslog.start()
             sink.wait_delivered(100)
-            wait_until(lambda: rsyslog.events()[-1]["number"] == 99, "the last event")
+            until(lambda: rsyslog.events()[-1]["number"] == 99, what="the last event")
             numbers = [event["number"] for event in rsyslog.events()]
             assert numbers == [*range(40), *range(delivered, 100)]
 
@@ -111,7 +110,7 @@ def test_too_long_for_a_datagram(tmp_path: Path) -> None:
         for _ in range(2):
             sink.put(1, padding=1_000_000)
             sink.put(1)
-        wait_until(lambda: len(rsyslog.events()) == 3, "the others")
+        until(lambda: len(rsyslog.events()) == 3, what="the others")
         assert [event["number"] for event in rsyslog.events()] == [0, 2, 4]
         assert sink.stats[1:] == (3, 0, 2)
         sink.wait_for_trouble(over=True)

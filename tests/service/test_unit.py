@@ -18,6 +18,7 @@ from tests.injector import Injector, Kind, Mode, Pressure
 from tests.kernel import daemon as kernel_daemon
 from tests.kernel.daemon import COMMAND, Daemon
 from tests.kernel.daemon import STALLED_CPU as CPU
+from tests.service.surroundings import status_of
 
 pytestmark = pytest.mark.kernel
 
@@ -156,12 +157,6 @@ def limited(directory: Path) -> str:
     )
     path.chmod(0o755)
     return str(path)
-
-
-def status_of(pid: int) -> dict[str, str]:
-    """/proc/PID/status."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def test_three_capabilities_suffice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
