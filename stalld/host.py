@@ -102,9 +102,13 @@ def threads_softirqs(proc: str = "/proc") -> bool:
 
     So with PREEMPT_RT, and with ``threadirqs`` on the kernel's command line.
     """
-    version = Path(proc, "version").read_text(errors="replace")
     words = Path(proc, "cmdline").read_text(errors="replace").split()
-    return "PREEMPT_RT" in version or "threadirqs" in words
+    return preempts_all(proc) or "threadirqs" in words
+
+
+def preempts_all(proc: str = "/proc") -> bool:
+    """Whether this is a kernel with PREEMPT_RT."""
+    return "PREEMPT_RT" in Path(proc, "version").read_text(errors="replace")
 
 
 NO_TICK = "a stall there has no samples, and is told when it ends"

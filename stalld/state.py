@@ -17,7 +17,7 @@ from stalld.records import BRIEF_BIT, COMM_LEN, LOOKBACK_RINGS, VEC_PENDING, VEC
 TIMED_ALWAYS = sum(1 << VECTORS.index(name) for name in ("HI", "TASKLET"))
 
 # Of struct's formats those for 4 and 8 bytes.
-_WORDS: dict[int, Literal["I", "Q"]] = {4: "I", 8: "Q"}
+_WORDS: dict[int, Literal["H", "I", "Q"]] = {2: "H", 4: "I", 8: "Q"}
 _Structure = TypeVar("_Structure", bound=ctypes.Structure)
 
 

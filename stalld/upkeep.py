@@ -14,13 +14,17 @@ from stalld.detector import Detector
 from stalld.enrich.kallsyms import Kallsyms
 from stalld.enrich.ksymbols import KsymbolError, KsymbolFeed
 from stalld.errors import StalldError
+from stalld.host import preempts_all
 from stalld.memory import return_memory
 from stalld.perf import NmiSampler, SamplerError
 from stalld.reader import PerfReader
 from stalld.reading import Reading
+from stalld.state import words
 
 EXPIRE_EVERY_S = 0.1
 """How often to look for lost closing records, while a stall is open."""
+LOOK_EVERY_S = 0.05
+"""How often to look whether a stall goes on, where nobody tells in time."""
 LEARN_EVERY_S = 30.0
 """How often to look for new or restarted kernel threads."""
 RELOAD_EVERY_S = 5.0
@@ -74,6 +78,8 @@ class Upkeep:
 
     def start(self) -> None:
         """Begin with what goes on for ever."""
+        if preempts_all():
+            self.keep(self._look_for_stalls())
         self.keep(self._relearn())
         self.keep(self._report())
 
@@ -131,6 +137,14 @@ class Upkeep:
                     pipeline.expire(self._detector.maps.stall)
                 self._detector.report()
             self._on_report()
+
+    async def _look_for_stalls(self) -> None:
+        """With PREEMPT_RT the kernel wakes us by a thread on the CPU that wrote: the stuck one."""
+        active = words(self._detector.maps.cpus, "active")
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            if any(active):
+                self.reading.read()
 
     async def _reload(self) -> None:
         """Read the kernel's symbols again, then rest."""

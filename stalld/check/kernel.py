@@ -132,11 +132,11 @@ def preemption_model(debug: str, cmdline: str, config: str, version: str) -> str
         config: the kernel's configuration.
         version: ``uname -v``.
     """
+    if "PREEMPT_RT" in version:
+        return "rt (uname -v)"
     chosen = re.search(r"\((\w+)\)", debug)
     if chosen:
         return f"{chosen[1]} (now)"
-    if "PREEMPT_RT" in version:
-        return "rt (uname -v)"
     dynamic = "PREEMPT_DYNAMIC" in version or "CONFIG_PREEMPT_DYNAMIC=y" in config
     asked = re.findall(r"(?:^|\s)preempt=(\w+)", cmdline)
     if dynamic and asked:

@@ -64,20 +64,25 @@ class Archive:
         )
         self._run("apt-get", "--quiet=2", "--error-on=any", "update")
 
-    def newest_image(self, version: str) -> str:
-        """The release of the newest generic kernel whose version begins so.
+    def newest_image(self, name: str) -> str:
+        """The release of the newest kernel whose version begins so.
+
+        Args:
+            name: the version, and perhaps a flavour: ``6.12``, ``6.12-rt``. Without one it is the
+                generic one; the cloud's has no 9p.
 
         Raises:
             KernelsError: there is none.
         """
+        version, _, flavour = name.partition("-")
         names = self._run("apt-cache", "pkgnames", f"linux-image-{version}").split()
-        # Not the cloud, real-time and unsigned flavours: only the generic one has 9p.
         wanted = re.compile(
-            rf"linux-image-({re.escape(version)}(?:\.[.\d]+)?(?:-\d+|\+deb\d+)?-amd64)"
+            rf"linux-image-({re.escape(version)}(?:\.[.\d]+)?(?:-\d+|\+deb\d+)?"
+            rf"{f'-{flavour}' if flavour else ''}-amd64)"
         )
         found = [match[1] for name in names if (match := wanted.fullmatch(name))]
         if not found:
-            raise KernelsError(f"no kernel {version} in {', '.join(self._suites)}")
+            raise KernelsError(f"no kernel {name} in {', '.join(self._suites)}")
         return max(found, key=lambda release: [int(n) for n in re.findall(r"\d+", release)])
 
     def existing(self, names: Sequence[str]) -> list[str]:

@@ -46,7 +46,7 @@ def test_the_list_is_whole() -> None:
 
 
 def test_newest_generic_image() -> None:
-    """The newest version by its numbers; no cloud, real-time, unsigned or debug flavour."""
+    """The newest version by its numbers; no cloud, unsigned or debug flavour, but the named one."""
     archive = Names(
         "linux-image-6.1.0-9-amd64",
         "linux-image-6.1.0-50-amd64",
@@ -61,6 +61,7 @@ def test_newest_generic_image() -> None:
     assert archive.newest_image("6.1") == "6.1.0-50-amd64"
     assert archive.newest_image("6.12") == "6.12.117+deb13-amd64"
     assert archive.newest_image("7") == "7.3-amd64"
+    assert archive.newest_image("6.1-rt") == "6.1.0-51-rt-amd64"
     with pytest.raises(KernelsError, match=r"no kernel 5\.10 in bookworm"):
         archive.newest_image("5.10")
 
