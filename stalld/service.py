@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -110,9 +111,13 @@ class Service:
         # While the child compiles, so that what it loads then is announced; the symbols are read
         # meanwhile too.
         self._feed = self._open_feed()
+        # Threads of their own, which end: of the loop's, all that sleep are woken for any work.
+        loop, threads = asyncio.get_running_loop(), ThreadPoolExecutor(2, "stalld-start")
         loading = asyncio.gather(
-            asyncio.to_thread(self._child.result), asyncio.to_thread(load_kallsyms)
+            loop.run_in_executor(threads, self._child.result),
+            loop.run_in_executor(threads, load_kallsyms),
         )
+        threads.shutdown(wait=False)
         if await self._stops_before(loading):
             await self._abandon(loading)
             return None
