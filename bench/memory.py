@@ -26,6 +26,8 @@ SECONDS, PER_SECOND = 30.0, 1000
 STEPS, PIECE_S, SETTLE_S = 6, 5.0, 1.0
 HOUR_S = 3600.0
 """Both goals are about."""
+LOST = 0.001
+"""This part of the records may find no room, where something else had the CPUs for a moment."""
 GOAL = Goal(40, "MB")
 FLAT_GOAL = Goal(1, "MB")
 RESIDENT, GROWTH = "resident memory after a storm", "growth in the second half of the storm"
@@ -70,7 +72,7 @@ def measure(seconds: float = SECONDS, per_second: int = PER_SECOND) -> list[Row]
         f"after {seconds:g} s: {told} of {sent} records told, {lost} lost; before "
         f"{_mb(ours[0][0]).text}; the reference's storm is a {STEPS}th as long"
     )
-    if told != sent or lost or not sent:
+    if told != sent or lost > sent * LOST or not sent:
         why = f"not all was told: {why}"
         return [unmeasured(RESIDENT, why, GOAL), unmeasured(GROWTH, why, FLAT_GOAL)]
     rss, pss = map(_mb, ours[-1])
