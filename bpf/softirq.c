@@ -119,13 +119,16 @@ int handle_softirq_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
 	u32 vec = ctx->args[0];
+	u64 now = 0;
 
 	if (!st)
 		return 0;
+	if (st->active || NET_RX_TIMED(vec))
+		now = bpf_ktime_get_ns();
 	/* Was the stall that was seen meanwhile this handler? The rare part ends its service. */
 	if (st->active)
-		record(ctx, st, SOURCE_EXIT, 0, 0, bpf_ktime_get_ns());
-	service_ends(st, vec, NET_RX_TIMED(vec) ? bpf_ktime_get_ns() : 0);
+		record(ctx, st, SOURCE_EXIT, 0, 0, now);
+	service_ends(st, vec, now);
 	return 0;
 }
 

@@ -125,7 +125,6 @@ int send_records(struct bpf_raw_tracepoint_args *ctx)
 			st->lost++;
 		} else {
 			counts->sent++;
-			st->sent++;
 		}
 	}
 	return 0;

@@ -51,7 +51,7 @@ BUDGETS = {
         3,
         {"ktime_get_ns": 1, "get_current_pid_tgid": 1, "get_current_task": 2, "tail_call": 1},
     ),
-    "softirq_exit": Budget(101, 3, {"ktime_get_ns": 2, "tail_call": 1}),
+    "softirq_exit": Budget(106, 3, {"ktime_get_ns": 1, "tail_call": 1}),
     "napi_poll": Budget(275, 2, {"jiffies64": 1, "probe_read_kernel": 6}),
     "hrtimer_expire_entry": Budget(108, 3, {"ktime_get_ns": 1, "tail_call": 1}),
     "lookback": Budget(

@@ -55,8 +55,7 @@ def test_kill_leaves_nothing() -> None:
     with Daemon() as daemon:
         loaded = bpf_objects() - before
         assert {kind for kind, _ in loaded} == {"prog", "map", "link"}
-        os.kill(daemon.pid, signal.SIGKILL)
-        assert daemon.process.wait(slow(5)) == -signal.SIGKILL
+        assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
     assert gone_within(5, loaded)
 
 

@@ -131,6 +131,8 @@ class Flow:
         """Let everything arrive, stop, and count."""
         files = {"stdout": "stdout", "file": "file", "tcp": "out.json", "live": "live"}
         paths = {name: self._work / file for name, file in files.items()}
+        # The collector makes its file with the first line, and may have been stopped until now.
+        until(lambda: all(path.exists() for path in paths.values()), 30)
         _until_quiet(paths.values())
         rss_kib = int(status_of(self.daemon.pid)["VmRSS"].split()[0])
         self.daemon.terminate()
