@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +148,13 @@ def main() -> None:
         print(json.dumps({"lost": count}))
 
     table.open_perf_buffer(print_event, page_cnt=PAGES_PER_CPU, lost_cb=print_lost)
+    ended = threading.Event()
+    # Not by KeyboardInterrupt: in a callback ctypes would swallow it.
+    signal.signal(signal.SIGINT, lambda *_: ended.set())
     print(json.dumps({"event": "started"}), flush=True)
-    try:
-        while True:
-            bpf.perf_buffer_poll()
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        pass
+    while not ended.is_set():
+        bpf.perf_buffer_poll()  # Which a signal ends.
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
