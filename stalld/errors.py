@@ -1,5 +1,7 @@
 """Errors that reach a user: each says what is wrong and what to do next."""
 
+import errno
+
 
 class StalldError(Exception):
     """A foreseeable fault: the message names the thing and the remedy.
@@ -9,6 +11,11 @@ class StalldError(Exception):
     """
 
     exit_code = 1
+
+
+def no_thread(error: RuntimeError) -> OSError:
+    """What ``Thread.start`` means when it says that it cannot: to be tried again."""
+    return OSError(errno.EAGAIN, f"{error}: is TasksMax= of our unit too small?")
 
 
 def reason_of(error: Exception) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stalld import perf
-from stalld.errors import StalldError
+from stalld.errors import StalldError, no_thread
 
 PAGES_PER_CPU = max(1, (128 << 10) // mmap.PAGESIZE)
 """128 KiB per CPU: some 80 records of stalls with long stacks."""
@@ -279,7 +279,7 @@ class ReaderThread:
             self._thread.start()
         except RuntimeError as error:
             os.close(self._asked)
-            raise OSError(errno.EAGAIN, f"{error}: is TasksMax= of our unit too small?") from error
+            raise no_thread(error) from error
 
     def stop(self) -> None:
         """End the thread; the buffers stay."""

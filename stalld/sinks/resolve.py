@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
+
+from stalld.errors import no_thread
 
 Address = tuple[Any, Any, int, str, Any]
 """Of ``socket.getaddrinfo``."""
@@ -61,5 +62,5 @@ class Resolver:
         try:
             threading.Thread(target=ask, name="stalld-resolve", daemon=True).start()
         except RuntimeError as error:
-            raise OSError(errno.EAGAIN, f"{error}: is TasksMax= of our unit too small?") from error
+            raise no_thread(error) from error
         return answer

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from stalld import config
+from stalld.errors import no_thread
 from stalld.sinks.connection import CONNECT_S, LostError
 from stalld.sinks.outbox import Outbox
 
@@ -109,7 +109,7 @@ class Tls:
         try:
             return await asyncio.to_thread(self._context)
         except RuntimeError as error:
-            raise OSError(errno.EAGAIN, f"{error}: is TasksMax= of our unit too small?") from error
+            raise no_thread(error) from error
 
     def _context(self) -> ssl.SSLContext:
         settings = self._settings

@@ -130,15 +130,16 @@ class Pressure:
 
     def close(self) -> None:
         """End the sender and remove the interface; may be called twice."""
+        # The sender first: it cannot send without the interface, and would say so.
+        if self._child is not None:
+            self._child.close()
+            self._child = None
         if self.interface:
             # The kernel would do it too, but some time after the child's end.
             subprocess.run(
                 ["ip", "link", "delete", self.interface], capture_output=True, check=False
             )
             self.interface = ""
-        if self._child is not None:
-            self._child.close()
-            self._child = None
         if self._probes >= 0:
             os.close(self._probes)
             self._probes = -1

@@ -128,7 +128,7 @@ def fork_task(comm: str, cpu: int, task: Callable[[], object]) -> int:
         set_comm(comm)
         pin(cpu)
         task()
-    except BaseException:
+    except Exception:
         # Nobody else would tell.
         traceback.print_exc()
         raise
