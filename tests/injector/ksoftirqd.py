@@ -61,6 +61,14 @@ class Wait(NamedTuple):
         """Length in milliseconds, None while it lasts."""
         return None if self.ran_ns is None else (self.ran_ns - self.woken_ns) / 1e6
 
+    def overlap_ms(self, start_ns: int, end_ns: int) -> float:
+        """How much of the given time (CLOCK_MONOTONIC) it takes; 0 while it lasts."""
+        return max(0, min(self.ran_ns or 0, end_ns) - max(self.woken_ns, start_ns)) / 1e6
+
+    def lies_in(self, start_ns: int, end_ns: int) -> bool:
+        """Whether at least half of it does."""
+        return self.overlap_ms(start_ns, end_ns) >= (self.waited_ms or float("inf")) / 2
+
 
 def waits(entries: Iterable[Entry]) -> list[Wait]:
     """Join the log of one ksoftirqd into its waits, oldest first."""
@@ -77,7 +85,8 @@ def waits(entries: Iterable[Entry]) -> list[Wait]:
         elif entry.what is What.PREEMPTED:
             running, begun = False, entry
         elif not running:
-            begun = begun or entry
+            # Also of one that was preempted on its way to sleep: work has come only now.
+            begun = entry
     if begun:
         result.append(Wait(begun.time_ns, None, begun.other_tid, begun.other_comm))
     return result

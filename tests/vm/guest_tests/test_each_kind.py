@@ -16,7 +16,7 @@ import pytest
 from stalld.host import threads_softirqs
 from tests.injector import Injector, Kind, KsoftirqdTruth, Mode, Pressure, Truth, UnsupportedError
 from tests.kernel.daemon import STALLED_CPU as CPU
-from tests.kernel.daemon import Daemon, Event
+from tests.kernel.daemon import Daemon, Event, monotonic_ns
 from tests.kernel.test_stalls import check_life, functions
 from tests.vm.guest_tests.conftest import THRESHOLD_MS
 
@@ -154,6 +154,14 @@ def test_interrupts_off(daemon: Daemon, tick_ms: float, kind: Kind) -> None:
         assert event["duration_ms"] >= DURATION_MS - tick_ms - 1
 
 
+def check_length(resolved: Event, ksoftirqd: KsoftirqdTruth) -> None:
+    """The longest wait of ksoftirqd in a stall is as long as its witness saw it."""
+    start_ns = monotonic_ns(resolved["started_at"])
+    span = start_ns, start_ns + int(resolved["duration_ms"] * 1e6)
+    seen_ms = [wait.waited_ms or 0 for wait in ksoftirqd.waits(*span) if wait.lies_in(*span)]
+    assert resolved["ksoftirqd"]["runnable_ms"] == pytest.approx(max(seen_ms, default=0), abs=2)
+
+
 def check_wait(
     daemon: Daemon, kind: Kind, mode: Mode, verdict: str, tries: int = 4 * TRIES
 ) -> list[Told]:
@@ -164,6 +172,7 @@ def check_wait(
     """
     waited: list[Told] = []
     right: list[Told] = []
+    outside_ms: list[list[int]] = []
     with (
         KsoftirqdTruth(CPU) as ksoftirqd,
         Injector(CPU) as injector,
@@ -173,26 +182,22 @@ def check_wait(
         for _ in range(tries):
             truth = injector.inject(kind, DURATION_MS, pressure=pressure)
             time.sleep(0.3)
-            longest_ms = max(
-                (
-                    wait.waited_ms or 0
-                    for wait in ksoftirqd.waits(truth.start_ns, truth.end_ns)
-                    if wait.woken_ns >= truth.start_ns
-                ),
-                default=0,
-            )
-            if longest_ms < 1.5 * THRESHOLD_MS:
+            # A flood may have had it wait before: what counts is that it did so mostly meanwhile.
+            span = truth.start_ns, truth.end_ns
+            waits = ksoftirqd.waits(*span)
+            inside_ms = max((w.waited_ms or 0 for w in waits if w.lies_in(*span)), default=0)
+            if inside_ms < 1.5 * THRESHOLD_MS:
+                outside_ms.append([round(wait.overlap_ms(*span)) for wait in waits])
                 continue
             waited.append(Told(truth, daemon.of(truth)))
             check_life(waited[-1].lines)
             if waited[-1].right(verdict):
-                told_ms = waited[-1].resolved["ksoftirqd"]["runnable_ms"]
-                assert told_ms == pytest.approx(longest_ms, abs=2)
+                check_length(waited[-1].resolved, ksoftirqd)
                 right.append(waited[-1])
             if len(right) == WANTED:
                 break
     if len(waited) < WANTED:
-        pytest.skip(f"packets had ksoftirqd wait in {len(waited)} of {tries} stalls only")
+        pytest.skip(f"ksoftirqd waited in {len(waited)} of {tries} stalls only: {outside_ms}")
     assert len(right) >= WANTED, summary(waited)
     return right
 
