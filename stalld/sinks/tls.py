@@ -22,6 +22,7 @@ _NOT_YET_VALID, _EXPIRED = 9, 10
 _NO_ISSUER = (2, 18, 19, 20, 21)
 _OTHER_NAME = (62, 64)
 _OURS_REFUSED = "our certificate is refused: is tls_cert issued by a CA that it trusts?"
+_TOO_OLD = "it offers nothing newer than TLS 1.1: can it be updated?"
 _ALERTS = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it wants our certificate: are tls_cert and tls_key set?",
     "SSLV3_ALERT_BAD_CERTIFICATE": _OURS_REFUSED,
@@ -32,7 +33,8 @@ _ALERTS = {
     "SSLV3_ALERT_HANDSHAKE_FAILURE": "it refuses the handshake: does it want our certificate?",
     "WRONG_VERSION_NUMBER": "it does not speak TLS: is this the right port?",
     "RECORD_LAYER_FAILURE": "it does not speak TLS: is this the right port?",
-    "UNSUPPORTED_PROTOCOL": "it offers nothing newer than TLS 1.1: can it be updated?",
+    "UNSUPPORTED_PROTOCOL": _TOO_OLD,
+    "TLSV1_ALERT_PROTOCOL_VERSION": _TOO_OLD,
 }
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from stalld.probe.btf import VMLINUX_BTF, Btf
 from stalld.probe.client import ProbeChild, bpf_directory, possible_cpus
 from stalld.probe.protocol import Request
 from tests.kernel.daemon import COMMAND, bpf_objects, descriptors_of
+from tests.service.surroundings import until
 from tests.slowness import SLOWNESS, slow
 
 pytestmark = pytest.mark.kernel
@@ -189,21 +191,29 @@ def test_the_load_is_bounded() -> None:
         os.waitpid(-1, os.WNOHANG)
 
 
-def test_nothing_stays() -> None:
-    """`check` leaves no program loaded and no process."""
+@pytest.mark.parametrize("interrupted", [False, True], ids=["done", "Ctrl-C"])
+def test_nothing_stays(interrupted: bool) -> None:
+    """`check` leaves no program loaded and no process, whether it is let do its work or not."""
     before = bpf_objects()
     with subprocess.Popen(
-        [COMMAND, "check"], stdout=subprocess.DEVNULL, start_new_session=True
+        [COMMAND, "check"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
-        assert process.wait(slow(90)) == 0
+        if interrupted:
+            # As a terminal does it: the whole group gets the signal.
+            until(lambda: bpf_objects() - before, timeout_s=90, what="a program that is loaded")
+            os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(slow(90)) == (130 if interrupted else 0)
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
     # Not while the kernel empties the program array: docs/decisions/0004.
     time.sleep(1)
-    deadline = time.monotonic() + slow(10)
-    while bpf_objects() - before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not bpf_objects() - before
+    until(lambda: not bpf_objects() - before, what="the kernel forgets the programs")
 
 
 def test_table() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -347,6 +348,23 @@ def test_tls_refused(certificates: Certificates, changed: dict[str, str], told: 
                 pass
         assert told in sink.wait_for_trouble()
         assert received == b""
+        assert sink.stats[1:] == (0, 3, 0)
+
+
+def test_old_tls_is_refused(certificates: Certificates) -> None:
+    """A collector that has nothing newer than TLS 1.1 gets no event, and is told to be too old."""
+    server = certificates.server()
+    with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+        server.minimum_version = server.maximum_version = ssl.TLSVersion.TLSv1_1
+    server.set_ciphers("DEFAULT:@SECLEVEL=0")  # Or it would refuse its own versions.
+    with (
+        Peer(tls=server) as peer,
+        running(peer.address, tls=True, tls_ca=certificates.path("ca.pem")) as sink,
+    ):
+        sink.put(3)
+        with pytest.raises(OSError, match="UNSUPPORTED_PROTOCOL"):
+            peer.accept()
+        assert "it offers nothing newer than TLS 1.1" in sink.wait_for_trouble()
         assert sink.stats[1:] == (0, 3, 0)
 
 
