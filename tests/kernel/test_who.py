@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -19,7 +20,9 @@ from tests.kernel import daemon as kernel_daemon
 from tests.kernel.cgroups import NAME, Tree, tree
 from tests.kernel.daemon import STALLED_CPU as CPU
 from tests.kernel.daemon import Daemon, Event, overlap
+from tests.service.surroundings import started
 from tests.service.test_unit import NOBODY, limited
+from tests.slowness import slow
 
 pytestmark = pytest.mark.kernel
 
@@ -28,6 +31,19 @@ ID = "5f" * 32
 UID = "0a1b2c3d-4e5f-6071-8293-a4b5c6d7e8f9"
 POD = UID.replace("-", "_")
 BURSTABLE = f"kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{POD}.slice"
+
+
+STALL_IN_A_NAMESPACE = f"""
+import os, sys, time
+os.sched_setaffinity(0, {{{CPU}}})
+print(os.readlink("/proc/self"), flush=True)
+sys.stdin.read(1)
+os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
+end = time.monotonic() + 0.1
+while time.monotonic() < end:
+    pass
+"""
+"""Says what its pid is outside, then waits for a byte."""
 
 
 class Layout(NamedTuple):
@@ -289,3 +305,27 @@ def test_contention(running: tuple[Daemon, Injector]) -> None:
                 assert found[-1]["blocker"]["file"] is None
                 return
     raise AssertionError("no contention in user mode was seen")
+
+
+def test_pid_namespace(running: tuple[Daemon, Injector]) -> None:
+    """A process in a pid namespace, as in a container: its pid there too, be it gone meanwhile."""
+    daemon, _ = running
+    inside = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with Pressure(CPU, Mode.FLOOD) as pressure:
+        for _ in range(40):
+            with started([*inside, STALL_IN_A_NAMESPACE], **pipes) as process:
+                assert process.stdin is not None
+                assert process.stdout is not None
+                pid = int(process.stdout.readline())
+                with pressure.active():
+                    process.stdin.write("\n")
+                    process.stdin.close()
+                    process.wait(slow(10))
+            time.sleep(0.1)
+            found = [e for e in daemon.stalls() if (e["blocker"] or {}).get("pid") == pid]
+            if found:
+                assert {e["blocker"]["ns_pid"] for e in found} == {1}
+                assert found[-1]["phase"] == "resolved"
+                return
+    raise AssertionError("no process of the namespace was blamed")
