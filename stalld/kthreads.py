@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import translate
 
-from stalld.decode import decode_tasks
+from stalld.decode import TASK, decode_tasks
 from stalld.errors import StalldError
 from stalld.records import (
     BUCKET_TASKS,
@@ -24,6 +24,8 @@ from stalld.records import (
     watched_bucket,
 )
 from stalld.state import Maps, map_array
+
+_READ_BYTES = 16 * TASK.size
 
 
 class Bucket(ctypes.Structure):
@@ -61,7 +63,7 @@ class Watched:
         self._wanted = re.compile("|".join(f"(?:{translate(p)})" for p in patterns) or r"(?!)")
 
     def learn(self, tasks: Iterable[TaskEntry]) -> dict[int, int]:
-        """Watch those of ``tasks`` that are wanted, and no others any more.
+        """Watch the kernel threads of ``tasks`` that are wanted, and no others any more.
 
         Returns:
             CPU → pid of each ksoftirqd.
@@ -69,6 +71,8 @@ class Watched:
         found: dict[int, int] = {}
         wanted: dict[int, TaskEntry] = {}
         for task in tasks:
+            if not task.flags & PF_KTHREAD:
+                continue
             cpu = ksoftirqd_cpu(task.comm)
             if cpu is not None and cpu < len(self._maps.cpus):
                 found[cpu] = task.pid
@@ -164,7 +168,10 @@ def ksoftirqd_cpu(comm: bytes) -> int | None:
 
 
 def iterate_tasks(link_fd: int) -> Iterator[TaskEntry]:
-    """Every kernel thread, from the task iterator's link.
+    """Every kernel thread, and a few of the other tasks, from the task iterator's link.
+
+    The others are there so that every read ends soon: until it does, kernels before 5.11 run
+    nothing else on this CPU.
 
     Raises:
         StalldError: the kernel refused the iterator.
@@ -173,9 +180,7 @@ def iterate_tasks(link_fd: int) -> Iterator[TaskEntry]:
     if fd < 0:
         raise StalldError(f"cannot iterate tasks: {os.strerror(ctypes.get_errno())}")
     with os.fdopen(fd, "rb", buffering=0) as iterator:
-        # Of a million tasks that are none the kernel lets go now and then: None, "again".
-        parts = iter(lambda: iterator.read(1 << 16), b"")
-        yield from decode_tasks(b"".join(part for part in parts if part is not None))
+        yield from decode_tasks(b"".join(iter(lambda: iterator.read(_READ_BYTES), b"")))
 
 
 def ksoftirqd_pids(proc: str = "/proc") -> dict[int, int]:

@@ -35,7 +35,7 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "hrtimer": (("_softexpires",), ("function",), ("state", "is_queued")),
     "net_device": (("name",), ("ifindex",)),
     "napi_struct": (("dev",),),
-    "bpf_iter_meta": (("seq",),),
+    "bpf_iter_meta": (("seq",), ("seq_num",)),
     "bpf_iter__task": (("meta",), ("task",)),
 }
 """What the programs touch: per struct the fields, each with what other kernels call it."""

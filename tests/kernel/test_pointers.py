@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,10 +12,11 @@ import pytest
 
 from stalld.kthreads import Bucket, Watched, iterate_tasks, ksoftirqd_pids
 from stalld.probe.client import load_probes, possible_cpus
-from stalld.records import KSOFTIRQD
+from stalld.records import KSOFTIRQD, PF_KTHREAD
 from stalld.state import Maps, Waiter
 from tests.injector import Injector, Kind, KsoftirqdTruth, Mode, Pressure
 from tests.kernel.daemon import STALLED_CPU as CPU
+from tests.service.surroundings import started
 
 pytestmark = pytest.mark.kernel
 
@@ -78,6 +81,28 @@ def test_iterator_and_proc_agree(loaded: Loaded) -> None:
     for cpu, pid in found.items():
         bucket, place = loaded.bucket(loaded.ksoftirqd(cpu).task)
         assert (bucket.pid[place], bucket.cpu[place]) == (pid, cpu)
+
+
+def test_no_read_of_the_iterator_takes_long(loaded: Loaded) -> None:
+    """However many threads there are, some are told now and then, and so a read() ends."""
+    threads = 2000
+    crowd = f"""
+import sys, threading
+threading.stack_size(65536)
+for _ in range({threads}):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+print(flush=True)
+sys.stdin.read()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with started([sys.executable, "-c", crowd], **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n"
+        found = list(iterate_tasks(loaded.link))
+    kernel = {task.pid for task in found if task.flags & PF_KTHREAD}
+    assert set(ksoftirqd_pids().values()) <= kernel
+    told = len(found) - len(kernel)
+    assert threads // 256 <= told <= threads // 100
 
 
 def test_pointer_is_learned_when_ksoftirqd_works(loaded: Loaded) -> None:

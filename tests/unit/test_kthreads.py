@@ -123,6 +123,16 @@ def test_ksoftirqd_pids_of_this_host() -> None:
         assert Path(f"/proc/{pid}/comm").read_text() == f"ksoftirqd/{cpu}\n"
 
 
+def test_processes_are_not_watched() -> None:
+    """The iterator tells a few of them too, whatever they call themselves."""
+    kernel = Kernel("napi/*")
+    true = ksoftirqd(1)
+    liars = [thread(5, b"ksoftirqd/0", flags=0x400000), thread(6, b"napi/eth0-1", flags=0x400000)]
+    assert kernel.watched.learn([true, *liars]) == {1: true.pid}
+    assert kernel.pointers() == [true.task]
+    assert kernel.watched.names == {true.pid: true.comm}
+
+
 def test_patterns() -> None:
     """Threads that match one of the patterns are watched, by pointer and pid; others are not."""
     kernel = Kernel("napi/*", "irq/*-nvme*")
