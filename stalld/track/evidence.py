@@ -168,7 +168,7 @@ def was_preempted(stall: Stall, vec: int) -> bool:
     for observation in stall.during:
         if observation.record.serving_vec != vec:
             continue
-        outside = observation.mode == "kernel" and reaches_base(path(observation.frames))
+        outside = observation.mode == "kernel" and is_whole(observation.frames)
         if observation.mode in ("user", "idle") or outside:
             return True
     return False
@@ -208,6 +208,12 @@ def _let_go(closing: Observation | None) -> list[Observation]:
     waited = {pid for pid, ns in zip(record.waiter_pid, record.waiter_ns, strict=True) if ns}
     waited.add(record.waiter_pid[KSOFTIRQD])
     return [] if record.tid and record.tid in waited else [closing]
+
+
+def shows_whole_stack(stall: Stall) -> bool:
+    """Whether what stands for the stall has one, down to where the task entered the kernel."""
+    main = main_observation(stall)
+    return main is not None and is_whole(main.frames)
 
 
 def main_consumer(stall: Stall) -> TickSample | None:
@@ -324,6 +330,12 @@ def net_of(stall: Stall, near_ns: int, counts: Container[str]) -> Net:
         backlog=grown(0, last.backlog, "backlog"),
         napi=stall.polled,
     )
+
+
+@lru_cache(maxsize=256)
+def is_whole(frames: tuple[str, ...]) -> bool:
+    """Whether the walk of a stack went down to its base."""
+    return reaches_base(path(frames))
 
 
 @lru_cache(maxsize=256)

@@ -53,6 +53,7 @@ class Stall:
     switches: int = 0
     ongoing: int = 0
     reported_ns: int = 0
+    reported_stack: tuple[str, ...] = ()
     over_since_ns: int = 0
 
     @property

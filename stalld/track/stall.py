@@ -143,7 +143,10 @@ class Tracker:
             return False
         grown = stall.duration_ns >= ONGOING_GROWTH * stall.reported_ns
         serious_ns = SERIOUS_FACTOR * self.threshold_ns
-        return not stall.ongoing or grown or stall.reported_ns < serious_ns <= stall.duration_ns
+        if not stall.ongoing or grown or stall.reported_ns < serious_ns <= stall.duration_ns:
+            return True
+        # Told was a stack whose walk ended early, in a retpoline say: is there a whole one now?
+        return not evidence.is_whole(stall.reported_stack) and evidence.shows_whole_stack(stall)
 
     def _resolve(self, stall: Stall, ended: Ended, end_ns: int, next_ns: int) -> Update:
         del self._open[stall.cpu]
@@ -191,6 +194,7 @@ class Tracker:
             )
         )
         culprit = evidence.culprit_of(stall, verdict, host.explain)
+        stall.reported_stack = culprit.frames
         return Update(
             phase=phase,
             cpu=stall.cpu,

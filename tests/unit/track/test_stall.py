@@ -109,6 +109,16 @@ def test_few_ongoing_lines() -> None:
     assert (resolved.samples, resolved.lost) == (len(ages), 0)
 
 
+def test_a_whole_stack_is_told_at_once() -> None:
+    """Where the walk of the first stack ended early, the first whole one has a line of its own."""
+    short, whole = ("__x86_indirect_thunk_rax+0x0",), ("spin+0x10", "do_syscall_64+0x5")
+    stacks = [short, short, whole, whole]
+    samples = (sample(nr, 12 + 4 * nr, frames=frames) for nr, frames in enumerate(stacks, 1))
+    lines = feed(tracker(), *samples)
+    assert [update.kernel_stack for update in lines] == [short, whole]
+    assert lines[1].duration_ns == 24 * MS
+
+
 def test_starved_only_from_the_threshold() -> None:
     """A wait just below the threshold is not named, at the threshold it is."""
     (update,) = feed(tracker(), sample(1, 12, wait_ns=waits(NET_RX=THRESHOLD, TIMER=THRESHOLD - 1)))
