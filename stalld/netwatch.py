@@ -1,17 +1,17 @@
 """Looks at CPUs and devices from time to time: what they drop, and which queues there are.
 
-All that asks the kernel is done in a thread, one look at a time. What stalls are told of is the
-last inventory, from memory.
+All that asks the kernel is done in a thread, which also waits by itself: the loop is woken only
+when there is something to tell. What stalls are told of is the last inventory, from memory.
 """
 
 from __future__ import annotations
 
 import asyncio
 import struct
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from stalld import events, net_events
@@ -40,7 +40,7 @@ _Link = tuple[int, str]
 
 
 class NetWatch:
-    """Belongs to the loop's thread, but for what is read of ``inventory``.
+    """Belongs to the loop's thread, but for what is read of ``inventory``, and for its looks.
 
     Args:
         emit: an event, its level, its fields.
@@ -61,7 +61,9 @@ class NetWatch:
         self._cpus: Rates[int] = Rates({}, 32, MAX_CPUS)
         self._links: Rates[_Link] = Rates({}, 64, MAX_LINKS)
         self._drivers: dict[_Link, DriverStats] = {}
-        self._wanted = asyncio.Event()
+        self._wanted = threading.Event()
+        self._ended = False
+        self._news: LinkNews | None = None
         self._links_changed = False
         self._polled_s = self._surveyed_s = float("-inf")
         self.apply(config)
@@ -85,45 +87,60 @@ class NetWatch:
 
     async def run(self) -> None:
         """Look, tell, wait, for ever."""
-        news = self._listen()
+        loop = asyncio.get_running_loop()
+        self._news = self._listen()
+        if self._news is not None:
+            loop.add_reader(self._news, self._hear)
         try:
-            while True:
-                now_s = time.monotonic()
-                survey = now_s >= self._survey_due_s()
-                if survey and self._links_changed:
-                    await asyncio.sleep(SETTLE_S)
-                    self._take_news(news)
-                poll = now_s >= self._poll_due_s()
-                if survey or poll:
-                    for told in await asyncio.to_thread(self._look, survey, poll):
-                        self._emit(*told)
-                await self._wait()
+            await asyncio.to_thread(self._look_when_due, loop)
         finally:
-            if news is not None:
-                with suppress(ValueError):
-                    asyncio.get_running_loop().remove_reader(news)
-                news.close()
+            self._ended = True
+            self._wanted.set()
+            if self._news is not None:
+                loop.remove_reader(self._news)
+                self._news.close()
 
     def _listen(self) -> LinkNews | None:
         try:
-            news = LinkNews.open()
+            return LinkNews.open()
         except OSError as error:
             self.faults[f"news of links: {error.strerror}"] += 1
             return None
-        asyncio.get_running_loop().add_reader(news, self._hear, news)
-        return news
 
-    def _hear(self, news: LinkNews) -> None:
+    def _hear(self) -> None:
+        assert self._news is not None
         # Once is enough: what else comes until the survey waits in the socket.
-        asyncio.get_running_loop().remove_reader(news)
+        asyncio.get_running_loop().remove_reader(self._news)
         self._links_changed = True
         self._wanted.set()
 
-    def _take_news(self, news: LinkNews | None) -> None:
+    def _hear_again(self) -> None:
+        if self._news is not None and not self._ended:
+            asyncio.get_running_loop().add_reader(self._news, self._hear)
+
+    def _tell(self, told: list[_Told]) -> None:
+        if not self._ended:
+            for each in told:
+                self._emit(*each)
+
+    def _look_when_due(self, loop: asyncio.AbstractEventLoop) -> None:
+        """In a thread, until it is ended."""
+        while not self._ended:
+            now_s = time.monotonic()
+            survey, poll = now_s >= self._survey_due_s(), now_s >= self._poll_due_s()
+            if survey and self._links_changed:
+                time.sleep(SETTLE_S)
+                self._take_news(loop)
+            told = self._look(survey, poll)
+            if told:
+                loop.call_soon_threadsafe(self._tell, told)
+            self._wait()
+
+    def _take_news(self, loop: asyncio.AbstractEventLoop) -> None:
         self._links_changed = False
-        if news is not None:
-            news.drain()
-            asyncio.get_running_loop().add_reader(news, self._hear, news)
+        if self._news is not None and not self._ended:
+            self._news.drain()
+            loop.call_soon_threadsafe(self._hear_again)
 
     def _survey_due_s(self) -> float:
         return self._surveyed_s + (SURVEY_GAP_S if self._links_changed else SURVEY_EVERY_S)
@@ -133,16 +150,15 @@ class NetWatch:
             return float("inf")
         return self._polled_s + self._config.softnet.interval_s
 
-    async def _wait(self) -> None:
+    def _wait(self) -> None:
         """Until something is due, or wanted."""
         self._wanted.clear()
-        due_s = min(self._survey_due_s(), self._poll_due_s())
-        with suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, due_s - time.monotonic())):
-                await self._wanted.wait()
+        if not self._ended:
+            due_s = min(self._survey_due_s(), self._poll_due_s())
+            self._wanted.wait(max(0.0, due_s - time.monotonic()))
 
     def _look(self, survey: bool, poll: bool) -> list[_Told]:
-        """In a thread: what there is to tell."""
+        """What there is to tell."""
         told: list[_Told] = []
         if survey:
             # Also when it fails: no sooner again.

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,6 +75,7 @@ FREE = {"get_smp_processor_id", "map_lookup_elem"}
 MAX_THREADS = 5
 MAX_DESCRIPTORS = 45
 """Besides those for each CPU."""
+LOOKS = 4
 MAX_PERF_EVENTS_PER_CPU = 3
 MAX_MODULES = 330
 FORBIDDEN = {
@@ -146,6 +148,24 @@ def test_threads_and_descriptors(daemon: Daemon) -> None:
     perf = sum(link == "anon_inode:[perf_event]" for link in links)
     assert perf <= MAX_PERF_EVENTS_PER_CPU * len(online_cpus())
     assert len(links) - perf <= MAX_DESCRIPTORS
+
+
+def test_wakeups_of_a_quiet_daemon(tmp_path: Path) -> None:
+    """A look at what CPUs and devices count wakes one thread once, and not the loop."""
+    config = tmp_path / "config.toml"
+    config.write_text("live.enabled = false\nsoftnet.interval_s = 1.0\n")
+    with Daemon("--config", str(config), "--threshold-ms", "5000") as daemon:
+        time.sleep(2.5)
+        before = wakeups(daemon.pid)
+        time.sleep(LOOKS)
+        assert wakeups(daemon.pid) - before in range(LOOKS - 1, 2 * LOOKS + 1)
+
+
+def wakeups(pid: int) -> int:
+    """How often its threads went to sleep so far."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/status")
+    counts = (re.search(r"^voluntary_ctxt_switches:\s+(\d+)$", t.read_text(), re.M) for t in tasks)
+    return sum(int(count[1]) for count in counts if count)
 
 
 def test_imports(tmp_path: Path) -> None:
