@@ -64,10 +64,11 @@ def storm(side: Piped, seconds: float, per_second: int) -> Storm:
 
 def measure(seconds: float = SECONDS, per_second: int = PER_SECOND) -> list[Row]:
     """Rss, Pss, growth."""
-    with Daemon() as daemon:
-        ours, sent, lost, told = storm(daemon, seconds, per_second)
+    # The short one first: should it fail, no hour is lost.
     with bcc_tool() as tool:
         theirs = storm(tool, seconds / STEPS, per_second).mib
+    with Daemon() as daemon:
+        ours, sent, lost, told = storm(daemon, seconds, per_second)
     why = (
         f"after {seconds:g} s: {told} of {sent} records told, {lost} lost; before "
         f"{_mb(ours[0][0]).text}; the reference's storm is a {STEPS}th as long"
