@@ -60,7 +60,7 @@ def weigh(
     return Evidence(
         stolen=stolen_ns >= main_ns,
         late=stall.late_ns - stolen_ns >= main_ns,
-        steal_told=tells_steal,
+        steal_told=tells_steal and not stall.forgot_steal(),
         interrupts_enabled=any(
             o.record.source is Source.NMI or enabled_interrupts(o) for o in after_late(stall)
         ),

@@ -101,7 +101,11 @@ PREEMPTED = {
         stolen_ms=35,
     ),
     "a steal clock that nobody has": Case([late(28, 30)], [V.IRQS_DISABLED], stolen_ms=0),
-    "no tick to count from": Case([late(28, 30)], [V.IRQS_DISABLED]),
+    "a steal clock that never ran": Case([late(28, 30)], [V.IRQS_DISABLED]),
+    "no tick to count from": Case([late(28, 30, steal_ns=MS)], [V.UNKNOWN]),
+    "no tick to count from, an unlocking function on top": Case(
+        [late(28, 30, steal_ns=MS, frames=UNLOCK)], [V.IRQS_DISABLED]
+    ),
 }
 
 IRQS = {
