@@ -54,13 +54,16 @@ def weigh(
     closing = stall.closing
     gave_way = [closing] if closing and closing.record.source is Source.SWITCH else []
     main_ns = max(threshold_ns, stall.duration_ns / MAIN_PART)
-    stolen_ns = stall.stolen_ns() or 0
+    stolen_ns = stall.stolen_ns()
+    # The ring holds no tick any more to count from.
+    forgotten = stolen_ns is None and stall.keeps_steal()
+    stolen_ns = stolen_ns or 0
     handler = longest_handler(stall, threshold_ns)
     waits = (stall.ksoftirqd_wait_ns, *stall.waiting.values())
     return Evidence(
         stolen=stolen_ns >= main_ns,
         late=stall.late_ns - stolen_ns >= main_ns,
-        steal_told=tells_steal and not stall.forgot_steal(),
+        steal_told=tells_steal and not forgotten,
         interrupts_enabled=any(
             o.record.source is Source.NMI or enabled_interrupts(o) for o in after_late(stall)
         ),

@@ -140,10 +140,10 @@ class Stall:
         at_first = min(_grown(base, first), max(0, first.time_ns - self.started_ns))
         return min(at_first + _grown(first, last), self.duration_ns)
 
-    def forgot_steal(self) -> bool:
-        """Whether the steal clock runs, and the ring holds no tick any more to count from."""
+    def keeps_steal(self) -> bool:
+        """Whether the steal clock has counted anything yet."""
         last = self.last_record
-        return last is not None and last.steal_ns > 0 and self.stolen_ns() is None
+        return last is not None and last.steal_ns > 0
 
 
 def _grown(before: TickSample | StallRecord, after: TickSample | StallRecord) -> int:
