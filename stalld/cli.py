@@ -201,11 +201,13 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 def _run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     # Imported here: `check` and usage errors need none of it.
+    from stalld.memory import no_openssl
     from stalld.probe.client import load_probes
 
     # It compiles while the rest is imported.
     child = load_probes("auto" if settings.config.detect.nmi_sampler else "never")
-    import uvloop
+    with no_openssl():
+        import uvloop
 
     from stalld.log import open_log
     from stalld.service import Service

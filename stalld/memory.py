@@ -1,8 +1,12 @@
-"""What libc keeps of the process's memory."""
+"""What keeps the process small: memory that libc keeps, libraries that nobody needs."""
 
 from __future__ import annotations
 
 import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 
 _M_ARENA_MAX = -8
 """malloc.h"""
@@ -23,3 +27,28 @@ def return_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+class _Placeholder(ModuleType):
+    """Has whatever is asked of it at import: numbers, and classes of errors."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return 0 if name.isupper() else type(name, (OSError,), {})
+
+
+@contextmanager
+def no_openssl() -> Iterator[None]:
+    """Keep what is imported within from loading OpenSSL, which takes 4 MB.
+
+    For asyncio and uvloop, whose TLS nobody asks for: a sink that wants TLS imports ssl itself.
+    """
+    if "ssl" in sys.modules:
+        yield
+        return
+    sys.modules["ssl"] = _Placeholder("ssl")
+    try:
+        yield
+    finally:
+        del sys.modules["ssl"]

@@ -79,7 +79,7 @@ LOOKS = 4
 MAX_PERF_EVENTS_PER_CPU = 3
 MAX_MODULES = 330
 FORBIDDEN = {
-    *("bcc", "jsonschema", "pyroute2", "pytest", "hypothesis"),
+    *("bcc", "jsonschema", "pyroute2", "pytest", "hypothesis", "ssl", "_ssl", "_hashlib"),
     *("asyncio.windows_events", "email", "http", "html", "xml", "sqlite3", "multiprocessing"),
     *("unittest", "xmlrpc", "distutils", "setuptools", "pkg_resources", "cffi", "numpy"),
     *("stalld.check", "stalld.tail", "stalld.probe.loader"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import ssl
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +20,12 @@ from stalld import config
 from stalld.sinks import connection
 from stalld.sinks.resolve import Resolver
 from stalld.sinks.tcp import TcpSink
+from tests.kernel.daemon import COMMAND
 from tests.service.peer import Certificates, Peer
 from tests.service.rsyslog import Rsyslog, free_port
 from tests.service.sinks import STOPPED_KIB, Running, put_while_stopped
-from tests.service.surroundings import until
+from tests.service.surroundings import started, until
+from tests.slowness import slow
 
 
 def running(address: str, *, plain: bool = False, **settings: Any) -> Running:
@@ -379,6 +382,22 @@ def test_tls_name(certificates: Certificates) -> None:
             assert taken.read(3) == events
             sink.close()
             taken.read_all()
+
+
+def test_tls_of_the_daemon(certificates: Certificates, tmp_path: Path) -> None:
+    """The daemon itself, whose loop was loaded without OpenSSL, speaks TLS all the same."""
+    file = tmp_path / "config.toml"
+    with Peer(tls=certificates.server()) as peer:
+        file.write_text(
+            f"live.enabled = false\n[[sinks.tcp]]\naddress = '{peer.address}'\ntls = true\n"
+            f"tls_ca = '{certificates.path('ca.pem')}'\n"
+        )
+        with started([COMMAND, "run", "--config", str(file)], stdout=subprocess.DEVNULL) as process:
+            taken = peer.accept(slow(90))
+            assert taken.read(1)[0]["event"] == "started"
+            process.terminate()
+            assert taken.read_all()[-1]["event"] == "stopped"
+            assert process.wait(slow(10)) == 0
 
 
 def test_tls_with_who_speaks_none(certificates: Certificates) -> None:
