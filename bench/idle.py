@@ -4,7 +4,7 @@
 
 Takes turns without and with a daemon that has nothing to tell. All interrupts of all CPUs are
 counted (/proc/interrupts), so whatever else the machine does is in both; the daemon's own
-wake-ups are counted exactly, each of which costs an interrupt at most.
+wake-ups are counted exactly.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def measure(rounds: int = ROUNDS, seconds: float = SECONDS) -> list[Row]:
             why=told,
         ),
         row(
-            "wake-ups of the quiet daemon's threads, each an interrupt at most",
+            "wake-ups of the quiet daemon's threads",
             _per_minute(with_it),
             why="counted exactly (/proc/PID/task/*/status)",
         ),
