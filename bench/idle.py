@@ -4,7 +4,8 @@
 
 Takes turns without and with a daemon that has nothing to tell. All interrupts of all CPUs are
 counted (/proc/interrupts), so whatever else the machine does is in both; the daemon's own
-wake-ups are counted exactly.
+wake-ups are counted exactly. A third in turn is a daemon that looks a hundred times as often
+(bench/hurried.py), whose interrupts do not drown in the machine's.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.command import run
-from bench.processes import Daemon, cpu_s, switches
+from bench.hurried import FACTOR
+from bench.processes import Daemon, cpu_s
 from bench.row import Figure, Goal, Row, differences, plain, row, spread
+from tests.kernel.daemon import wakeups
 
-ROUNDS, SECONDS = 4, 33.0
+ROUNDS, SECONDS, HURRIED_S = 4, 33.0, 15.0
 SETTLE_S = 3.0
 """After a start and after an end."""
 CPU_GOAL = Goal(0.05, "% of a core")
@@ -65,7 +68,7 @@ def counts(proc: str = "/proc") -> Counts:
 def watch(seconds: float, pid: int | None = None) -> Quiet:
     """Sleep, and tell what happened meanwhile."""
     time.sleep(SETTLE_S)
-    used, woken = (cpu_s(pid), switches(pid)) if pid else (0.0, 0)
+    used, woken = (cpu_s(pid), wakeups(pid)) if pid else (0.0, 0)
     before, began = counts(), time.monotonic()
     time.sleep(seconds)
     took, after = time.monotonic() - began, counts()
@@ -74,20 +77,31 @@ def watch(seconds: float, pid: int | None = None) -> Quiet:
     if not pid:
         return Quiet(interrupts, changes)
     cpu_percent = (cpu_s(pid) - used) / took * 100
-    return Quiet(interrupts, changes, cpu_percent, (switches(pid) - woken) / took)
+    return Quiet(interrupts, changes, cpu_percent, (wakeups(pid) - woken) / took)
 
 
-def measure(rounds: int = ROUNDS, seconds: float = SECONDS) -> list[Row]:
+def measure(
+    rounds: int = ROUNDS, seconds: float = SECONDS, hurried_seconds: float = HURRIED_S
+) -> list[Row]:
     """CPU time, wake-ups, interrupts and context switches."""
     without: list[Quiet] = []
     with_it: list[Quiet] = []
+    hurried: list[Quiet] = []
+
+    def alone() -> None:
+        without.append(watch(seconds))
+
+    def beside() -> None:
+        with Daemon() as daemon:
+            with_it.append(watch(seconds, daemon.pid))
+
+    def beside_hurried() -> None:
+        with Daemon(module="bench.hurried") as daemon:
+            hurried.append(watch(hurried_seconds, daemon.pid))
+
     for number in range(rounds):
-        for running in (number % 2 == 1, number % 2 == 0):
-            if running:
-                with Daemon() as daemon:
-                    with_it.append(watch(seconds, daemon.pid))
-            else:
-                without.append(watch(seconds))
+        for side in (alone, beside, beside_hurried)[:: -1 if number % 2 else 1]:
+            side()
     told = f"{rounds} rounds of {seconds:g} s each way"
     return [
         row(
@@ -102,25 +116,47 @@ def measure(rounds: int = ROUNDS, seconds: float = SECONDS) -> list[Row]:
             why="counted exactly (/proc/PID/task/*/status)",
         ),
         _interrupts(without, with_it, told),
+        _hurried(without, hurried, f"{rounds} rounds of {hurried_seconds:g} s"),
         _compared("context switches on an idle machine", "switches", without, with_it),
     ]
 
 
-def _per_minute(quiet: list[Quiet]) -> Figure:
-    return plain(sum(one.wakeups for one in quiet) / len(quiet) * 60, "a minute")
+def _per_minute(quiet: list[Quiet], parts: int = 1) -> Figure:
+    return plain(sum(one.wakeups for one in quiet) / len(quiet) * 60 / parts, "a minute")
 
 
 def _interrupts(without: list[Quiet], with_it: list[Quiet], told: str) -> Row:
     made = _compared("interrupts on an idle machine", "interrupts", without, with_it)
+    return _judged(made, *_certain(without, with_it), told)
+
+
+def _hurried(without: list[Quiet], hurried: list[Quiet], told: str) -> Row:
+    more = [(a.interrupts - b.interrupts) / FACTOR for a, b in zip(hurried, without, strict=True)]
+    made = row(
+        f"interrupts that its looks cause: a {FACTOR}th of what a daemon causes that looks "
+        f"{FACTOR} times as often",
+        spread(more, "/s"),
+        why=f"wake-ups of that one, a {FACTOR}th: {_per_minute(hurried, FACTOR).text}",
+    )
+    low, high = _certain(without, hurried)
+    return _judged(made, low / FACTOR, high / FACTOR, f"{told}; {made.why}")
+
+
+def _certain(without: list[Quiet], with_it: list[Quiet]) -> tuple[float, float]:
+    """How many interrupts a second more, with 95 % certainty."""
     more = [a.interrupts - b.interrupts for a, b in zip(with_it, without, strict=True)]
     mean, error = statistics.mean(more), math.inf
     if len(more) > 1:
         degrees = min(len(more) - 1, len(_T95))
         error = _T95[degrees - 1] * statistics.stdev(more) / math.sqrt(len(more))
-    why = f"{told}; with 95 % certainty between {mean - error:+.2f} and {mean + error:+.2f} /s"
-    if mean + error <= NONE_PER_S:
+    return mean - error, mean + error
+
+
+def _judged(made: Row, low: float, high: float, told: str) -> Row:
+    why = f"{told}; with 95 % certainty between {low:+.2f} and {high:+.2f} /s"
+    if high <= NONE_PER_S:
         return made._replace(goal=INTERRUPTS_GOAL, reached=True, why=why)
-    if mean - error > 0:
+    if low > 0:
         return made._replace(goal=INTERRUPTS_GOAL, reached=False, why=why)
     why += f", so it cannot be told from none, nor from more than {NONE_PER_S:g} /s"
     return made._replace(goal=INTERRUPTS_GOAL, reached=None, why=why)
@@ -138,7 +174,8 @@ def _compared(name: str, what: str, without: list[Quiet], with_it: list[Quiet]) 
 
 if __name__ == "__main__":
     options = (
-        ("rounds", ROUNDS, "of both"),
+        ("rounds", ROUNDS, "of all three"),
         ("seconds", SECONDS, "of each; the daemon looks for new kernel threads every 30 s"),
+        ("hurried_seconds", HURRIED_S, "of the daemon that looks more often"),
     )
     sys.exit(run(__doc__, measure, *options))

@@ -185,9 +185,12 @@ class Daemon(Piped):
     Args:
         settings: of the configuration, before these.
         checkout: of which; this one's without.
+        module: of this checkout, that is run in the command's stead.
     """
 
-    def __init__(self, settings: str = "", *, checkout: Path | None = None) -> None:
+    def __init__(
+        self, settings: str = "", *, checkout: Path | None = None, module: str = ""
+    ) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="stalld-bench-")
         self.socket = Path(self._directory.name, "live.sock")
         config = Path(self._directory.name, "config.toml")
@@ -197,7 +200,9 @@ class Daemon(Piped):
         )
         run = ("run", "--config", str(config))
         nice = ("nice", "-n", unit_setting("Nice"))
-        if checkout is None:
+        if module:
+            super().__init__(*nice, sys.executable, "-m", module, *run)
+        elif checkout is None:
             super().__init__(*nice, COMMAND, *run)
         else:
             environment = {**os.environ, "PYTHONPATH": str(checkout)}
@@ -334,17 +339,6 @@ def cpu_s(pid: int) -> float:
         with suppress(FileNotFoundError):  # The thread has ended.
             total += int((task / "schedstat").read_text().split()[0])
     return total / 1e9
-
-
-def switches(pid: int) -> int:
-    """How often its threads gave up or lost the CPU so far: once for each wake-up at least."""
-    total = 0
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with suppress(FileNotFoundError):
-            for line in (task / "status").read_text().splitlines():
-                if "ctxt_switches" in line:
-                    total += int(line.split()[1])
-    return total
 
 
 def memory_mib(pid: int) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -203,6 +204,17 @@ def descriptors_of(pid: int | str) -> list[str]:
         with suppress(FileNotFoundError):
             found.append(os.readlink(path))
     return found
+
+
+def wakeups(pid: int) -> int:
+    """How often a process's threads went to sleep so far, and so were woken."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError):  # The thread has ended.
+            status = (task / "status").read_text()
+            found = re.search(r"^voluntary_ctxt_switches:\s+(\d+)$", status, re.MULTILINE)
+            total += int(found[1]) if found else 0
+    return total
 
 
 def children(pid: int) -> list[int]:

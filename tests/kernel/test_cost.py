@@ -23,7 +23,7 @@ import pytest
 
 from stalld.probe.loader import HOOKS, PROGRAMS
 from stalld.reader import online_cpus
-from tests.kernel.daemon import Daemon, bpf_objects_of, descriptors_of
+from tests.kernel.daemon import Daemon, bpf_objects_of, descriptors_of, wakeups
 
 pytestmark = pytest.mark.kernel
 
@@ -159,13 +159,6 @@ def test_wakeups_of_a_quiet_daemon(tmp_path: Path) -> None:
         before = wakeups(daemon.pid)
         time.sleep(LOOKS)
         assert wakeups(daemon.pid) - before in range(LOOKS - 1, 2 * LOOKS + 1)
-
-
-def wakeups(pid: int) -> int:
-    """How often its threads went to sleep so far."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/status")
-    counts = (re.search(r"^voluntary_ctxt_switches:\s+(\d+)$", t.read_text(), re.M) for t in tasks)
-    return sum(int(count[1]) for count in counts if count)
 
 
 def test_imports(tmp_path: Path) -> None:
