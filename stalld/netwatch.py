@@ -12,13 +12,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 from stalld import events, net_events
 from stalld.config import Config
 from stalld.enrich import netlink, softnet
 from stalld.enrich.driver_stats import DriverStats, Lost
 from stalld.enrich.ethtool import Ethtool
+from stalld.enrich.kept import Kept, read_again
 from stalld.enrich.netlink import LinkNews
 from stalld.enrich.nic import Inventory, Surveyor
 from stalld.errors import reason_of
@@ -61,6 +61,9 @@ class NetWatch:
         self._cpus: Rates[int] = Rates({}, 32, MAX_CPUS)
         self._links: Rates[_Link] = Rates({}, 64, MAX_LINKS)
         self._drivers: dict[_Link, DriverStats] = {}
+        self._softnet = Kept(lambda: open(softnet.PATH, "rb", buffering=0))  # noqa: SIM115
+        self._route = Kept(netlink.route_socket)
+        self._ethtool = Kept(Ethtool)
         self._wanted = threading.Event()
         self._ended = False
         self._news: LinkNews | None = None
@@ -125,16 +128,24 @@ class NetWatch:
 
     def _look_when_due(self, loop: asyncio.AbstractEventLoop) -> None:
         """In a thread, until it is ended."""
-        while not self._ended:
-            now_s = time.monotonic()
-            survey, poll = now_s >= self._survey_due_s(), now_s >= self._poll_due_s()
-            if survey and self._links_changed:
-                time.sleep(SETTLE_S)
-                self._take_news(loop)
-            told = self._look(survey, poll)
-            if told:
-                loop.call_soon_threadsafe(self._tell, told)
-            self._wait()
+        try:
+            while not self._ended:
+                now_s = time.monotonic()
+                survey, poll = now_s >= self._survey_due_s(), now_s >= self._poll_due_s()
+                if survey and self._links_changed:
+                    time.sleep(SETTLE_S)
+                    self._take_news(loop)
+                told = self._look(survey, poll)
+                if told:
+                    loop.call_soon_threadsafe(self._tell, told)
+                self._wait()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close what is kept open for looks; in their thread."""
+        for kept in (self._softnet, self._route, self._ethtool):
+            kept.close()
 
     def _take_news(self, loop: asyncio.AbstractEventLoop) -> None:
         self._links_changed = False
@@ -181,8 +192,10 @@ class NetWatch:
 
     def _look_at_cpus(self) -> list[_Told]:
         try:
-            rows = softnet.parse(Path(softnet.PATH).read_text(), online_cpus())
+            text = read_again(self._softnet.get().fileno()).decode()
+            rows = softnet.parse(text, online_cpus())
         except (OSError, ValueError) as error:
+            self._softnet.close()
             self._count("softnet_stat", error)
             return []
         now_ns, wall_ns = self._clocks_ns()
@@ -206,8 +219,10 @@ class NetWatch:
         if inventory is None:
             return []
         try:
-            stats = netlink.link_stats()
+            stats = netlink.link_stats(self._route.get())
         except (OSError, struct.error) as error:
+            # An answer that comes late would be taken for that to the next question.
+            self._route.close()
             self._count("link statistics", error)
             return []
         now_ns, wall_ns = self._clocks_ns()
@@ -239,8 +254,7 @@ class NetWatch:
     def _lost(self, driver: DriverStats) -> dict[Lost, int] | None:
         """None: it has counters, which cannot be read just now."""
         try:
-            with Ethtool() as ethtool:
-                return driver.read(ethtool)
+            return driver.read(self._ethtool.get())
         except (OSError, struct.error) as error:
             self._count("a driver's counters", error)
             return None if driver.lost else {}

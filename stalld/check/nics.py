@@ -71,7 +71,8 @@ def queues(inventory: Inventory, faults: Mapping[str, int], witness: Rings | Non
 def statistics(hardware: list[Device]) -> Item:
     """Are the counters of links there, and what do the drivers count themselves?"""
     try:
-        links = netlink.link_stats()
+        with netlink.route_socket() as sock:
+            links = netlink.link_stats(sock)
     except (OSError, struct.error) as error:
         return Item(
             STATISTICS,

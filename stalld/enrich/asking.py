@@ -70,14 +70,17 @@ class Asking:
     Args:
         read: asks for one task; see :func:`procfs.read_task`.
         find: the path of a cgroup by its number.
+        is_there: whether there is such a thread; must not wait.
     """
 
     def __init__(
         self,
         read: Callable[[int, int, bytes, Callable[[Asked], None]], None] = procfs.read_task,
         find: Callable[[int], bytes | None] | None = None,
+        is_there: Callable[[int], bool] = procfs.is_there,
     ) -> None:
         self._read = read
+        self._is_there = is_there
         self._find = find or _find
         self._news = threading.Condition()
         self._questions: deque[Question] = deque()
@@ -112,6 +115,10 @@ class Asking:
         return known
 
     def _ask(self, question: Question) -> Answer:
+        gone = self._gone(question)
+        if gone is not None:
+            self._keep(question, gone)
+            return gone
         hangs = self._working or bool(self._questions)
         if len(self._questions) >= MAX_QUESTIONS:
             return Answer(Asked(), Unknown.BUSY)
@@ -136,6 +143,18 @@ class Asking:
         self.longest_wait_s = max(self.longest_wait_s, waited_s)
         self._wait_again_s = begun_s + WAIT_PART * waited_s
         return self._answers.get(question, _UNTIL_THEN)
+
+    def _gone(self, question: Question) -> Answer | None:
+        """What there is to know of a task that has ended; None: it must be asked for.
+
+        Short tasks may stall a CPU one after the other: nobody has to be woken for them.
+        """
+        if self._is_there(question.tid):
+            return None
+        if not question.cgroup_id:
+            return Answer(Asked(), Unknown.GONE)
+        path = self._found.get(question.cgroup_id)
+        return None if path is None else Answer(Asked(cgroups=(path,)), Unknown.GONE)
 
     def _keep(self, question: Question, answer: Answer) -> None:
         self._answers[question] = answer

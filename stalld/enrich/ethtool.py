@@ -43,7 +43,7 @@ class Settings(NamedTuple):
 
 
 class Ethtool:
-    """A socket to ask through. Use it in ``with``.
+    """A socket to ask through. Use it in ``with``, or close it.
 
     Raises:
         OSError: there is no netlink.
@@ -56,6 +56,10 @@ class Ethtool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ask no more."""
         self._socket.close()
 
     def call(self, device: str, head: bytes, size: int = 0, wanted: int = 0) -> bytes:

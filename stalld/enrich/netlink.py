@@ -83,28 +83,40 @@ def stats_of(body: bytes) -> tuple[int, LinkStats] | None:
     return None
 
 
-def link_stats() -> dict[int, LinkStats]:
-    """The statistics of all links of our network namespace, by index.
+def route_socket() -> socket.socket:
+    """To ask through with :func:`link_stats`.
 
     Raises:
-        OSError: no netlink, no answer, or a kernel that does not know the request (before 4.7).
+        OSError: no netlink.
+    """
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    sock.settimeout(_TIMEOUT_S)
+    return sock
+
+
+def link_stats(sock: socket.socket) -> dict[int, LinkStats]:
+    """The statistics of all links of our network namespace, by index.
+
+    Args:
+        sock: of :func:`route_socket`; after an error answers may still come to it.
+
+    Raises:
+        OSError: no answer, or a kernel that does not know the request (before 4.7).
     """
     found: dict[int, LinkStats] = {}
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
-        sock.settimeout(_TIMEOUT_S)
-        body = _STATS_MSG.pack(0, 0, 0, 0, 1 << _IFLA_STATS_LINK_64 - 1)
-        size = _NLMSG.size + len(body)
-        sock.send(_NLMSG.pack(size, _RTM_GETSTATS, _REQUEST_DUMP, 1, 0) + body)
-        while True:
-            for kind, answer in messages(sock.recv(_BUFFER)):
-                if kind == _NLMSG_DONE:
-                    return found
-                if kind == _NLMSG_ERROR:
-                    (code,) = struct.unpack_from("=i", answer)
-                    raise OSError(-code, os.strerror(-code))
-                told = stats_of(answer) if kind == _RTM_NEWSTATS else None
-                if told is not None:
-                    found[told[0]] = told[1]
+    body = _STATS_MSG.pack(0, 0, 0, 0, 1 << _IFLA_STATS_LINK_64 - 1)
+    size = _NLMSG.size + len(body)
+    sock.send(_NLMSG.pack(size, _RTM_GETSTATS, _REQUEST_DUMP, 1, 0) + body)
+    while True:
+        for kind, answer in messages(sock.recv(_BUFFER)):
+            if kind == _NLMSG_DONE:
+                return found
+            if kind == _NLMSG_ERROR:
+                (code,) = struct.unpack_from("=i", answer)
+                raise OSError(-code, os.strerror(-code))
+            told = stats_of(answer) if kind == _RTM_NEWSTATS else None
+            if told is not None:
+                found[told[0]] = told[1]
 
 
 class LinkNews:

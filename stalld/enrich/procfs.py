@@ -31,6 +31,17 @@ class GoneError(Exception):
     """There is no such task any more, or another one has its number."""
 
 
+def is_there(tid: int) -> bool:
+    """Whether there is such a thread; asks nothing that has to be waited for."""
+    try:
+        os.getpriority(os.PRIO_PROCESS, tid)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # We may not ask: /proc tells.
+    return True
+
+
 def read_task(
     tgid: int, tid: int, comm: bytes, tell: Callable[[Asked], None], proc: str = "/proc"
 ) -> None:

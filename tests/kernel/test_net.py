@@ -70,7 +70,8 @@ def rows() -> dict[int, Softnet]:
 def link_of(interface: str) -> LinkStats:
     """The kernel's statistics of a device."""
     index = int(Path(f"/sys/class/net/{interface}/ifindex").read_text())
-    return netlink.link_stats()[index]
+    with netlink.route_socket() as sock:
+        return netlink.link_stats(sock)[index]
 
 
 def eventually(holds: Callable[[], bool], timeout_s: float = 5.0) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ class Machine:
         self.row(0, 0, 0)
         monkeypatch.setattr(softnet, "PATH", str(path))
         monkeypatch.setattr(netwatch, "online_cpus", lambda: [1])
-        monkeypatch.setattr(netlink, "link_stats", lambda: self.stats)
+        monkeypatch.setattr(netlink, "link_stats", lambda _: self.stats)
         monkeypatch.setattr(Surveyor, "survey", lambda _: self._survey())
         monkeypatch.setattr(DriverStats, "read", self._read)
         self.watch = NetWatch(Config(), self.emit, lambda: (self.now_ns, self.now_ns))
@@ -74,13 +76,14 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """Quiet, looked at for the first time."""
     made = Machine(tmp_path / "softnet_stat", monkeypatch)
     # Without the class, a method gets no instance.
     monkeypatch.setattr(DriverStats, "read", lambda driver, ethtool: made._read(driver, ethtool))
     assert made.look(survey=True) == []
-    return made
+    yield made
+    made.watch.close()
 
 
 def test_quiet(machine: Machine) -> None:
@@ -157,6 +160,7 @@ def test_a_device_that_is_gone(machine: Machine) -> None:
 
 def test_nothing_can_be_read(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """No event, no end of the daemon: a reason with a count."""
+    machine.watch.close()
     machine.path.unlink()
 
     def refuse(*_: Any) -> Any:
@@ -208,6 +212,32 @@ def test_a_driver_that_refuses(machine: Machine, monkeypatch: pytest.MonkeyPatch
     ((_, _, fields),) = machine.look()
     assert (fields["missed"], fields["queues"]) == (5000, [])
     assert machine.watch.faults == {"a driver's counters: Operation not supported": 1}
+
+
+def test_looks_open_nothing_anew() -> None:
+    """To close a socket or a file of /proc keeps a CPU's tick going: each is opened once."""
+    watch = NetWatch(Config(), _raise_event, lambda: (0, 0))
+
+    def opened() -> dict[str, str]:
+        found = {}
+        for fd in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):
+                found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        return found
+
+    before = opened()
+    watch._look(True, True)
+    after_one = opened()
+    watch._look(False, True)
+    assert opened() == after_one
+    assert softnet.PATH.rpartition("/")[2] in " ".join(after_one.values())
+    assert watch.faults == {}
+    watch.close()
+    assert opened() == before
+
+
+def _raise_event(event: str, level: str, fields: events.Event) -> None:
+    raise AssertionError(event, level, fields)
 
 
 def test_switched_off(machine: Machine) -> None:

@@ -43,7 +43,7 @@ def test_queues(devices: Any, faults: Any, witness: Any, state: State, detail: s
 def test_no_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that does not know the request."""
 
-    def refuse() -> Any:
+    def refuse(_: object) -> Any:
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(netlink, "link_stats", refuse)

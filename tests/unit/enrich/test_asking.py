@@ -15,10 +15,11 @@ import pytest
 from stalld.enrich import procfs
 from stalld.enrich.asking import MAX_QUESTIONS, WAIT_S, Answer, Asking, Question, Unknown
 from stalld.enrich.identity import Asked
-from stalld.enrich.procfs import GoneError, find_cgroup, read_task, unified_mount
+from stalld.enrich.procfs import GoneError, find_cgroup, is_there, read_task, unified_mount
 
 Tell = Callable[[Asked], None]
 FULL = Asked(b"a\0", 1, 2, b"p", None, (b"/x",))
+GONE = 102
 SLACK_S = 0.5
 """Another process may have the CPU."""
 
@@ -64,7 +65,7 @@ def proc() -> Proc:
 @pytest.fixture
 def asking(proc: Proc) -> Iterator[Asking]:
     """The thread, ended with the test."""
-    made = Asking(proc, lambda wanted: b"/found" if wanted == 7 else None)
+    made = Asking(proc, lambda wanted: b"/found" if wanted == 7 else None, lambda tid: tid != GONE)
     yield made
     proc.go.set()
     made.close()
@@ -152,6 +153,39 @@ def test_the_cgroup_of_one_that_is_gone(asking: Asking, proc: Proc) -> None:
             time.sleep(0.005)
 
 
+def test_one_that_has_ended(asking: Asking, proc: Proc) -> None:
+    """Nobody is asked but where its cgroup is, and that once."""
+    proc.error = GoneError()
+    ended = question()._replace(tid=GONE)
+    assert asking.answer(ended) == Answer(Asked(), Unknown.GONE)
+    assert asking.counts["gone"] == 1
+    assert proc.asked == 0
+    found = Answer(Asked(cgroups=(b"/found",)), Unknown.GONE)
+    deadline = time.monotonic() + 5
+    while asking.answer(ended._replace(cgroup_id=7)) != found:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert asking.answer(ended._replace(seq=2, cgroup_id=7)) == found
+    assert proc.asked == 1
+
+
+def test_who_is_there() -> None:
+    """Threads count each for itself, children that wait for us are still there."""
+    ended: list[int] = []
+    thread = threading.Thread(target=lambda: ended.append(threading.get_native_id()))
+    thread.start()
+    thread.join()
+    child = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert is_there(os.getpid())
+    assert is_there(child)
+    os.waitpid(child, 0)
+    assert not is_there(child)
+    deadline = time.monotonic() + 5
+    while is_there(ended[0]):
+        assert time.monotonic() < deadline
+
+
 def test_ourselves() -> None:
     """The real /proc: what it says of this process."""
     told: list[Asked] = []
@@ -233,7 +267,7 @@ def test_nonsense_does_not_end_the_thread(tmp_path: Path) -> None:
     (tmp_path / "100/task/11").rename(tmp_path / "100/task/101")
     status = tmp_path / "100/status"
     status.write_text("PPid:\tx\n")
-    asking = Asking(partial(read_task, proc=proc))
+    asking = Asking(partial(read_task, proc=proc), is_there=lambda _: True)
     try:
         eventually(asking, Unknown.DENIED, 1)
         status.write_text("PPid:\t3\n")

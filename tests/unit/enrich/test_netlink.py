@@ -14,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stalld.enrich.ethtool import Ethtool
-from stalld.enrich.netlink import LinkNews, LinkStats, link_stats, messages, stats_of
+from stalld.enrich.netlink import (
+    LinkNews,
+    LinkStats,
+    link_stats,
+    messages,
+    route_socket,
+    stats_of,
+)
 
 SYSFS = {"packets": "rx_packets", "dropped": "rx_dropped", "missed": "rx_missed_errors"}
 HEADER = struct.Struct("=IHHII")
@@ -76,7 +83,9 @@ def test_this_kernel() -> None:
     """Every link of this namespace has its statistics, and they are those of sysfs."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
         out.sendto(b"one packet at least", ("127.0.0.1", 9))
-    before, found, after = sysfs(), link_stats(), sysfs()
+    with route_socket() as sock:
+        link_stats(sock)
+        before, found, after = sysfs(), link_stats(sock), sysfs()
     # Links of a test before may still be going.
     lasting = before.keys() & after.keys()
     assert lasting <= found.keys()
