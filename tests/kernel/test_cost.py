@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from stalld.netwatch import LATE_S
 from stalld.probe.loader import HOOKS, PROGRAMS
 from stalld.reader import online_cpus
 from tests.kernel.daemon import Daemon, bpf_objects_of, descriptors_of, wakeups
@@ -151,7 +152,10 @@ def test_threads_and_descriptors(daemon: Daemon) -> None:
 
 
 def test_wakeups_of_a_quiet_daemon(tmp_path: Path) -> None:
-    """A look at what CPUs and devices count wakes one thread once, and not the loop."""
+    """A look at what CPUs and devices count wakes one thread once, and not the loop.
+
+    It has no interrupt of its own where another one is near.
+    """
     config = tmp_path / "config.toml"
     config.write_text("live.enabled = false\nsoftnet.interval_s = 1.0\n")
     with Daemon("--config", str(config), "--threshold-ms", "5000") as daemon:
@@ -159,6 +163,9 @@ def test_wakeups_of_a_quiet_daemon(tmp_path: Path) -> None:
         before = wakeups(daemon.pid)
         time.sleep(LOOKS)
         assert wakeups(daemon.pid) - before in range(LOOKS - 1, 2 * LOOKS + 1)
+        threads = os.listdir(f"/proc/{daemon.pid}/task")
+        slacks = [int(Path(f"/proc/{tid}/timerslack_ns").read_text()) for tid in threads]
+        assert slacks.count(round(LATE_S * 1e9)) == 1
 
 
 def test_imports(tmp_path: Path) -> None:
