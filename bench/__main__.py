@@ -34,7 +34,7 @@ from bench import (
     throughput,
 )
 from bench.command import FAILURES, ready
-from bench.machine import describe, steal_s
+from bench.machine import describe, loop_ms, steal_s
 from bench.row import Row, table, unmeasured
 
 MODULES: Mapping[str, Callable[[], Sequence[Row]]] = {
@@ -131,12 +131,15 @@ def run(
     modules: Mapping[str, Callable[[], Sequence[Row]]], results: Path | None, command: str
 ) -> int:
     """Measure, print, write; 1 where a module failed."""
-    machine, stolen_s, parts = describe(), steal_s(), []
+    machine, stolen_s, loops_ms, parts = describe(), steal_s(), [loop_ms()], []
     for name, measure in modules.items():
         print(f"{name} …", file=sys.stderr, flush=True)
         parts.append(part(name, measure))
+        loops_ms.append(loop_ms())
         print(table(parts[-1].rows), flush=True)
     machine.append(f"the hypervisor took {steal_s() - stolen_s:.1f} s of CPU time meanwhile")
+    loops = " ".join(f"{took:.1f}" for took in loops_ms)
+    machine.append(f"a fixed loop of Python, before each part and at the end: {loops} ms")
     if results is not None:
         results.write_text(text(parts, machine, command))
         print(f"written to {results}", file=sys.stderr)
