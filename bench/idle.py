@@ -127,19 +127,26 @@ def _per_minute(quiet: list[Quiet], parts: int = 1) -> Figure:
 
 def _interrupts(without: list[Quiet], with_it: list[Quiet], told: str) -> Row:
     made = _compared("interrupts on an idle machine", "interrupts", without, with_it)
-    return _judged(made, *_certain(without, with_it), told)
+    low, high = _certain(without, with_it)
+    why = f"{told}; with 95 % certainty between {low:+.2f} and {high:+.2f} /s"
+    if high <= NONE_PER_S:
+        return made._replace(goal=INTERRUPTS_GOAL, reached=True, why=why)
+    if low > 0:
+        return made._replace(goal=INTERRUPTS_GOAL, reached=False, why=why)
+    why += f", so it cannot be told from none, nor from more than {NONE_PER_S:g} /s"
+    return made._replace(goal=INTERRUPTS_GOAL, reached=None, why=why)
 
 
 def _hurried(without: list[Quiet], hurried: list[Quiet], told: str) -> Row:
     more = [(a.interrupts - b.interrupts) / FACTOR for a, b in zip(hurried, without, strict=True)]
-    made = row(
-        f"interrupts that its looks cause: a {FACTOR}th of what a daemon causes that looks "
-        f"{FACTOR} times as often",
-        spread(more, "/s"),
-        why=f"wake-ups of that one, a {FACTOR}th: {_per_minute(hurried, FACTOR).text}",
-    )
     low, high = _certain(without, hurried)
-    return _judged(made, low / FACTOR, high / FACTOR, f"{told}; {made.why}")
+    return row(
+        f"of them by its looks: a {FACTOR}th of what a daemon causes that looks {FACTOR} times as "
+        "often",
+        spread(more, "/s"),
+        why=f"{told}; with 95 % certainty between {low / FACTOR:+.2f} and {high / FACTOR:+.2f} /s; "
+        f"wake-ups of that one, a {FACTOR}th: {_per_minute(hurried, FACTOR).text}",
+    )
 
 
 def _certain(without: list[Quiet], with_it: list[Quiet]) -> tuple[float, float]:
@@ -150,16 +157,6 @@ def _certain(without: list[Quiet], with_it: list[Quiet]) -> tuple[float, float]:
         degrees = min(len(more) - 1, len(_T95))
         error = _T95[degrees - 1] * statistics.stdev(more) / math.sqrt(len(more))
     return mean - error, mean + error
-
-
-def _judged(made: Row, low: float, high: float, told: str) -> Row:
-    why = f"{told}; with 95 % certainty between {low:+.2f} and {high:+.2f} /s"
-    if high <= NONE_PER_S:
-        return made._replace(goal=INTERRUPTS_GOAL, reached=True, why=why)
-    if low > 0:
-        return made._replace(goal=INTERRUPTS_GOAL, reached=False, why=why)
-    why += f", so it cannot be told from none, nor from more than {NONE_PER_S:g} /s"
-    return made._replace(goal=INTERRUPTS_GOAL, reached=None, why=why)
 
 
 def _compared(name: str, what: str, without: list[Quiet], with_it: list[Quiet]) -> Row:
