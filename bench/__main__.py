@@ -52,6 +52,7 @@ MODULES: Mapping[str, Callable[[], Sequence[Row]]] = {
     "found": found.measure,
 }
 LONG: Mapping[str, Callable[[], Sequence[Row]]] = {
+    "idle": partial(idle.measure, idle.LONG_ROUNDS),
     "memory": partial(memory.measure, memory.HOUR_S),
     "fidelity": found.fidelity,
     "soak": found.soaked,

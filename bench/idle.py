@@ -23,9 +23,11 @@ from bench.processes import Daemon, cpu_s
 from bench.row import Figure, Goal, Row, differences, plain, row, spread
 from tests.kernel.daemon import wakeups
 
-ROUNDS, SECONDS, HURRIED_S = 4, 33.0, 15.0
-SETTLE_S = 3.0
-"""After a start and after an end."""
+ROUNDS, SECONDS, HURRIED_S = 3, 33.0, 10.0
+LONG_ROUNDS = 20
+"""To tell half an interrupt a second from none."""
+STARTED_S, ENDED_S, HURRIED_STARTED_S = 40.0, 15.0, 3.0
+"""After so long what a start or an end leaves to the kernel is done."""
 CPU_GOAL = Goal(0.05, "% of a core")
 INTERRUPTS_GOAL = "0 /s"
 NONE_PER_S = 0.5
@@ -65,9 +67,9 @@ def counts(proc: str = "/proc") -> Counts:
     raise OSError(f"{proc}/stat has no ctxt")
 
 
-def watch(seconds: float, pid: int | None = None) -> Quiet:
-    """Sleep, and tell what happened meanwhile."""
-    time.sleep(SETTLE_S)
+def watch(seconds: float, settle_s: float, pid: int | None = None) -> Quiet:
+    """Sleep, and tell what happened once all had settled."""
+    time.sleep(settle_s)
     used, woken = (cpu_s(pid), wakeups(pid)) if pid else (0.0, 0)
     before, began = counts(), time.monotonic()
     time.sleep(seconds)
@@ -89,15 +91,15 @@ def measure(
     hurried: list[Quiet] = []
 
     def alone() -> None:
-        without.append(watch(seconds))
+        without.append(watch(seconds, ENDED_S))
 
     def beside() -> None:
         with Daemon() as daemon:
-            with_it.append(watch(seconds, daemon.pid))
+            with_it.append(watch(seconds, STARTED_S, daemon.pid))
 
     def beside_hurried() -> None:
         with Daemon(module="bench.hurried") as daemon:
-            hurried.append(watch(hurried_seconds, daemon.pid))
+            hurried.append(watch(hurried_seconds, HURRIED_STARTED_S, daemon.pid))
 
     for number in range(rounds):
         for side in (alone, beside, beside_hurried)[:: -1 if number % 2 else 1]:
