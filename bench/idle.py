@@ -129,7 +129,7 @@ def _per_minute(quiet: list[Quiet], parts: int = 1) -> Figure:
 
 def _interrupts(without: list[Quiet], with_it: list[Quiet], told: str) -> Row:
     made = _compared("interrupts on an idle machine", "interrupts", without, with_it)
-    low, high = _certain(without, with_it)
+    low, high = _certain(_more(without, with_it))
     why = f"{told}; with 95 % certainty between {low:+.2f} and {high:+.2f} /s"
     if high <= NONE_PER_S:
         return made._replace(goal=INTERRUPTS_GOAL, reached=True, why=why)
@@ -140,20 +140,24 @@ def _interrupts(without: list[Quiet], with_it: list[Quiet], told: str) -> Row:
 
 
 def _hurried(without: list[Quiet], hurried: list[Quiet], told: str) -> Row:
-    more = [(a.interrupts - b.interrupts) / FACTOR for a, b in zip(hurried, without, strict=True)]
-    low, high = _certain(without, hurried)
+    more = [one / FACTOR for one in _more(without, hurried)]
+    low, high = _certain(more)
     return row(
         f"of them by its looks: a {FACTOR}th of what a daemon causes that looks {FACTOR} times as "
         "often",
         spread(more, "/s"),
-        why=f"{told}; with 95 % certainty between {low / FACTOR:+.2f} and {high / FACTOR:+.2f} /s; "
+        why=f"{told}; with 95 % certainty between {low:+.2f} and {high:+.2f} /s; "
         f"wake-ups of that one, a {FACTOR}th: {_per_minute(hurried, FACTOR).text}",
     )
 
 
-def _certain(without: list[Quiet], with_it: list[Quiet]) -> tuple[float, float]:
-    """How many interrupts a second more, with 95 % certainty."""
-    more = [a.interrupts - b.interrupts for a, b in zip(with_it, without, strict=True)]
+def _more(without: list[Quiet], with_it: list[Quiet]) -> list[float]:
+    """Interrupts a second, round by round."""
+    return [a.interrupts - b.interrupts for a, b in zip(with_it, without, strict=True)]
+
+
+def _certain(more: list[float]) -> tuple[float, float]:
+    """Between what their mean lies, with 95 % certainty."""
     mean, error = statistics.mean(more), math.inf
     if len(more) > 1:
         degrees = min(len(more) - 1, len(_T95))
