@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from stalld.check.price import Cost
-from stalld.probe.capabilities import load_libbpf
-from stalld.probe.fentry import RETURN_ZERO
+from stalld.probe.libbpf import RETURN_ZERO, load_libbpf
 
 _BPF_STATS_RUN_TIME = 0
 _BPF_PROG_TYPE_RAW_TRACEPOINT = 17

@@ -111,7 +111,7 @@ def _loaded(cpus: int) -> Loaded:
             for number in program.get("map_ids", [])
         }
         maps = [one for one in _bpftool("map") if one["id"] in used]
-        took_ms = probes.description.compile_ms + probes.description.attach_ms
+        took_ms = (probes.description.compile_ms or 0) + probes.description.attach_ms
     finally:
         probes.close()
     kib: Counter[str] = Counter()

@@ -27,7 +27,7 @@ from bench.command import run
 from bench.loads import CPU, Flood
 from bench.processes import our_programs, tool
 from bench.row import Goal, Row, differences, row, spread, unmeasured
-from stalld.probe.loader import HOOKS, PROGRAMS
+from stalld.probe.attacher import HOOKS, PROGRAMS
 
 TIMES, ROUNDS, SECONDS = 4, 4, 1.0
 GOALS = {

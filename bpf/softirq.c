@@ -133,7 +133,8 @@ int handle_softirq_exit(struct bpf_raw_tracepoint_args *ctx)
 }
 
 #ifdef NET_RX_ACTION_TRACED
-static __always_inline int net_rx_action_entered(void)
+/* As kfunc or as kprobe: neither looks at what it is handed. */
+int handle_net_rx_action(void *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
 
@@ -142,7 +143,7 @@ static __always_inline int net_rx_action_entered(void)
 	return 0;
 }
 
-static __always_inline int net_rx_action_left(void)
+int handle_net_rx_action_return(void *ctx)
 {
 	struct cpu_state *st = this_cpu_state();
 
@@ -151,29 +152,5 @@ static __always_inline int net_rx_action_left(void)
 	net_rx_left(st, bpf_ktime_get_ns() - st->net_rx_since);
 	st->net_rx_since = 0;
 	return 0;
-}
-#endif
-
-#ifdef NET_RX_ACTION_KFUNC
-KFUNC_PROBE(net_rx_action)
-{
-	return net_rx_action_entered();
-}
-
-KRETFUNC_PROBE(net_rx_action)
-{
-	return net_rx_action_left();
-}
-#endif
-
-#ifdef NET_RX_ACTION_KPROBE
-int handle_net_rx_action(struct pt_regs *ctx)
-{
-	return net_rx_action_entered();
-}
-
-int handle_net_rx_action_return(struct pt_regs *ctx)
-{
-	return net_rx_action_left();
 }
 #endif

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -202,10 +203,11 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     # Imported here: `check` and usage errors need none of it.
     from stalld.memory import no_openssl
-    from stalld.probe.client import load_probes
+    from stalld.probe.client import cache_directory, load_probes
 
     # It compiles while the rest is imported.
-    child = load_probes("auto" if settings.config.detect.nmi_sampler else "never")
+    nmi = "auto" if settings.config.detect.nmi_sampler else "never"
+    child = load_probes(nmi, cache_directory(os.environ))
     with no_openssl():
         import uvloop
 

@@ -19,6 +19,7 @@ _NEEDS_PMU = "none on a virtual machine without a virtual PMU; let the hyperviso
 
 def described(description: Description) -> list[Item]:
     """The items that the child's answer fills."""
+    # It keeps nothing, so it has compiled them.
     took = f"compiled in {description.compile_ms:g} ms, attached in {description.attach_ms:g} ms"
     items = [
         Item(

@@ -15,6 +15,7 @@ from stalld.errors import MissingAbilityError
 from stalld.probe import capabilities
 from stalld.probe.btf import VMLINUX_BTF, Btf
 from stalld.probe.headers import FIELDS, distribution_headers, structs
+from stalld.probe.libbpf import load_libbpf
 
 
 def kernel() -> Item:
@@ -70,7 +71,7 @@ def _open_event() -> None:
 def libbpf() -> Item:
     """libbpf.so.1 and its version."""
     try:
-        lib = capabilities.load_libbpf()
+        lib = load_libbpf()
     except MissingAbilityError as error:
         return Item(
             "libbpf",

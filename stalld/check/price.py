@@ -15,8 +15,7 @@ from contextlib import ExitStack
 from typing import NamedTuple, Self
 
 from stalld.check.report import Item, State
-from stalld.probe.capabilities import load_libbpf
-from stalld.probe.fentry import RETURN_ZERO
+from stalld.probe.libbpf import RETURN_ZERO, load_libbpf
 
 HOT_PATH = {
     "sched_switch": "sched_switch",

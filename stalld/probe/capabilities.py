@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stalld.errors import MissingAbilityError
-from stalld.probe.fentry import RETURN_ZERO
+from stalld.probe.libbpf import RETURN_ZERO, load_libbpf
 
 NUMBERS = {"CAP_SYS_ADMIN": 21, "CAP_SYSLOG": 34, "CAP_PERFMON": 38, "CAP_BPF": 39}
 """include/uapi/linux/capability.h; CAP_PERFMON and CAP_BPF are new in 5.8."""
@@ -99,20 +99,6 @@ def remedy(names: Sequence[str]) -> str:
         f"run as root, or grant {listed(names)} "
         f"(systemd: AmbientCapabilities={' '.join(names)}; before Linux 5.8: CAP_SYS_ADMIN)"
     )
-
-
-def load_libbpf() -> ctypes.CDLL:
-    """libbpf.
-
-    Raises:
-        MissingAbilityError: it is not installed.
-    """
-    try:
-        return ctypes.CDLL("libbpf.so.1", use_errno=True)
-    except OSError as error:
-        raise MissingAbilityError(
-            f"cannot load libbpf.so.1: {error}; install it: apt install libbpf1"
-        ) from error
 
 
 def require_bpf() -> None:

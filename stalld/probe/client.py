@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,6 +128,13 @@ def possible_cpus(path: str = "/sys/devices/system/cpu/possible") -> int:
     return int(last) + 1
 
 
-def load_probes(nmi: str = "auto") -> ProbeChild:
-    """Start the child for this host; ``nmi``: see :class:`Request`."""
-    return ProbeChild(Request(possible_cpus(), str(bpf_directory()), VMLINUX_BTF, nmi=nmi))
+def cache_directory(environ: Mapping[str, str]) -> str:
+    """The first that systemd made (CacheDirectory=); "" where it made none."""
+    return environ.get("CACHE_DIRECTORY", "").partition(":")[0]
+
+
+def load_probes(nmi: str = "auto", cache_dir: str = "") -> ProbeChild:
+    """Start the child for this host; see :class:`Request`."""
+    return ProbeChild(
+        Request(possible_cpus(), str(bpf_directory()), VMLINUX_BTF, nmi=nmi, cache_dir=cache_dir)
+    )

@@ -36,6 +36,7 @@ class Request:
         hooks: raw tracepoints to attach; empty for all.
         nmi: load the NMI sampler's program: ``auto``: where a counter exists,
             ``never``, or ``always``.
+        cache_dir: where compiled programs are kept for the next time; "" for nowhere.
     """
 
     cpus: int
@@ -43,6 +44,7 @@ class Request:
     btf_path: str
     hooks: list[str] = field(default_factory=list)
     nmi: str = "auto"
+    cache_dir: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Description:
     ``percpu`` tells where things are relative to the hrtimer of the CPU's tick:
     ``regs``, ``steal``, ``cpustat``, ``softnet`` and further members of softnet_data, as far as
     the kernel has them. (``flow_count`` is relative to what ``flow_limit`` points to.)
+    ``compile_ms`` is None where the programs were kept of an earlier time.
     """
 
     structs: str
@@ -79,7 +82,7 @@ class Description:
     missing: list[Missing]
     fds: list[str]
     bcc_version: str
-    compile_ms: float
+    compile_ms: float | None
     attach_ms: float
     percpu: dict[str, int] = field(default_factory=dict)
 

@@ -12,7 +12,7 @@ from bench.bpf import Programs, costs, empty, statistics_enabled
 from bench.hot_path import our_name
 from bench.loads import Flood
 from bench.processes import Daemon, Event, Tool, bcc_tool, our_programs
-from stalld.probe.loader import PROGRAMS
+from stalld.probe.attacher import PROGRAMS
 from tests.injector.records import RecordSource, Sent
 from tests.kernel.daemon import STALLED_CPU as CPU
 from tests.kernel.daemon import bpf_objects

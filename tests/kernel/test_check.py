@@ -319,9 +319,9 @@ def has_headers() -> bool:
 RENAMED = f"""\
 #!{sys.executable}
 import sys
-from stalld.probe import loader
 from stalld.probe.__main__ import main
-loader.PROGRAMS["no_such_tracepoint"] = loader.PROGRAMS["softirq_exit"]
+from stalld.probe.attacher import PROGRAMS
+PROGRAMS["no_such_tracepoint"] = PROGRAMS["softirq_exit"]
 sys.exit(main())
 """
 

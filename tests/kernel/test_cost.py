@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from stalld.netwatch import LATE_S
-from stalld.probe.loader import HOOKS, PROGRAMS
+from stalld.probe.attacher import HOOKS, PROGRAMS
 from stalld.reader import online_cpus
 from tests.kernel.daemon import Daemon, bpf_objects_of, descriptors_of, wakeups
 
@@ -83,7 +83,7 @@ FORBIDDEN = {
     *("bcc", "jsonschema", "pyroute2", "pytest", "hypothesis", "ssl", "_ssl", "_hashlib"),
     *("asyncio.windows_events", "email", "http", "html", "xml", "sqlite3", "multiprocessing"),
     *("unittest", "xmlrpc", "distutils", "setuptools", "pkg_resources", "cffi", "numpy"),
-    *("stalld.check", "stalld.tail", "stalld.probe.loader"),
+    *("stalld.check", "stalld.tail", "stalld.probe.loader", "stalld.probe.compiler"),
     # Of sinks that nobody has configured:
     *("stalld.sinks.tls", "stalld.sinks.tcp", "stalld.sinks.syslog"),
 }

@@ -8,9 +8,9 @@ import pytest
 
 from stalld.decode import decode, is_task
 from stalld.kthreads import Watched, iterate_tasks
+from stalld.probe.attacher import PROGRAMS
 from stalld.probe.btf import VMLINUX_BTF
 from stalld.probe.client import ProbeChild, bpf_directory, possible_cpus
-from stalld.probe.loader import PROGRAMS
 from stalld.probe.protocol import Request
 from stalld.reader import PerfReader
 from stalld.records import KSOFTIRQD, VECTORS, RecordType, Source, StallRecord

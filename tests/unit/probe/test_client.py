@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stalld.probe.client import Probes, bpf_directory, possible_cpus
-from stalld.probe.loader import SOURCES
+from stalld.probe.compiler import SOURCES
 from tests.unit.probe.test_protocol import DESCRIPTION
 
 
