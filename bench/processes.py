@@ -186,10 +186,16 @@ class Daemon(Piped):
         settings: of the configuration, before these.
         checkout: of which; this one's without.
         module: of this checkout, that is run in the command's stead.
+        cache: where it keeps its compiled programs, of mode 0700.
     """
 
     def __init__(
-        self, settings: str = "", *, checkout: Path | None = None, module: str = ""
+        self,
+        settings: str = "",
+        *,
+        checkout: Path | None = None,
+        module: str = "",
+        cache: Path | None = None,
     ) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="stalld-bench-")
         self.socket = Path(self._directory.name, "live.sock")
@@ -203,7 +209,8 @@ class Daemon(Piped):
         if module:
             super().__init__(*nice, sys.executable, "-m", module, *run)
         elif checkout is None:
-            super().__init__(*nice, COMMAND, *run)
+            kept = {} if cache is None else {"CACHE_DIRECTORY": str(cache)}
+            super().__init__(*nice, COMMAND, *run, environment={**os.environ, **kept})
         else:
             environment = {**os.environ, "PYTHONPATH": str(checkout)}
             command = *nice, sys.executable, "-m", "stalld.cli", *run
