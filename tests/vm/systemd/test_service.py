@@ -33,6 +33,7 @@ NAME = "softirq-stalld"
 UNIT = f"{NAME}.service"
 PROGRAM = f"/usr/bin/{NAME}"
 CONFIG = Path(f"/etc/{NAME}/config.toml")
+KEPT = Path(f"/var/cache/{NAME}/programs")
 EVENTS = Path(f"/var/log/{NAME}/events.jsonl")
 ROTATED = EVENTS.with_suffix(".jsonl.1")
 CAPABILITIES = ("bpf", "perfmon", "syslog")
@@ -222,8 +223,13 @@ def test_runs_in_its_sandbox() -> None:
     roots = [line.split()[5] for line in mounts if line.split()[4] == "/"]
     assert roots
     assert roots[-1].startswith("ro")
-    for path, wanted in ((f"/run/{NAME}", "750"), (f"/run/{NAME}/{NAME}.sock", "660")):
-        assert mode(Path(path)) == f"{NAME}:{NAME} {wanted}", path
+    for path, wanted in (
+        (Path(f"/run/{NAME}"), "750"),
+        (Path(f"/run/{NAME}/{NAME}.sock"), "660"),
+        (KEPT.parent, "700"),
+        (KEPT, "600"),
+    ):
+        assert mode(path) == f"{NAME}:{NAME} {wanted}", path
     (started,) = [event for event in events(pid) if event["event"] == "started"]
     # An emulated CPU has no counters; all else is there as it is for root.
     assert {lack["ability"] for lack in started["missing"]} <= {"NMI sampler"}
@@ -337,8 +343,12 @@ def test_reload_and_logrotate() -> None:
 
 
 def test_killed_it_leaves_nothing_and_comes_again() -> None:
-    """kill -9: none of its programs, maps and links is left, and systemd starts it anew."""
+    """kill -9: none of its programs, maps and links is left, and systemd starts it anew.
+
+    With the programs that it had compiled: these tell a stall like the first ones.
+    """
     pid = wait_active()
+    kept = KEPT.stat()
     ours = bpf_objects_of(pid)
     assert {kind for kind, _ in ours} >= {"prog", "map"}
     os.kill(pid, signal.SIGKILL)
@@ -348,8 +358,14 @@ def test_killed_it_leaves_nothing_and_comes_again() -> None:
     wait_until(lambda: show("NRestarts") == "1", "it is not started again", START_S)
     again = wait_active()
     assert again != pid
-    assert events(again)[0]["event"] == "started"
+    (first, second) = (events(of)[0] for of in (pid, again))
+    for fact in ("event", "net_rx_action", "structs", "attached", "missing"):
+        assert second[fact] == first[fact]
     assert mode(Path(f"/run/{NAME}/{NAME}.sock")) == f"{NAME}:{NAME} 660"
+    # Compiled anew they would be in a new file.
+    assert (KEPT.stat().st_ino, KEPT.stat().st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns)
+    with stalls() as make:
+        told_rightly(make, lambda: events(again))
 
 
 def test_hung_it_is_killed_and_comes_again() -> None:
