@@ -7,6 +7,7 @@ nobody but this user, or root, can write; the verifier looks at it all the same.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -102,6 +103,6 @@ def _head(name: str, body: bytes) -> bytes:
 
 def _require_ours(status: os.stat_result, path: Path) -> None:
     if status.st_uid not in (0, os.geteuid()):
-        raise PermissionError(0, "it is another user's", str(path))
+        raise PermissionError(errno.EPERM, "it is another user's", str(path))
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(0, "others may write to it", str(path))
+        raise PermissionError(errno.EPERM, "others may write to it", str(path))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from bench.bpf import statistics_enabled
 from stalld.probe import cache
 from stalld.probe.btf import VMLINUX_BTF
 from stalld.probe.cache import Cache
@@ -23,7 +25,7 @@ from stalld.probe.protocol import Description, Request
 from tests.injector import Injector, Kind, Mode, Pressure
 from tests.kernel.daemon import STALLED_CPU as CPU
 from tests.kernel.daemon import Daemon, bpf_objects, bpf_objects_of
-from tests.kernel.test_stalls import check_blame, check_life
+from tests.kernel.test_stalls import check_life, functions
 
 pytestmark = [
     pytest.mark.kernel,
@@ -54,14 +56,20 @@ def untimed(probes: Probes) -> Description:
     return replace(probes.description, compile_ms=0, attach_ms=0)
 
 
-def loaded(probes: Probes) -> Counter[tuple[str, str, int]]:
-    """Kind, name and size of every program that is attached, or the maps hold."""
-    sizes: Counter[tuple[str, str, int]] = Counter()
+def programs() -> list[dict[str, Any]]:
+    """All that the kernel has, as bpftool shows them."""
     listed = subprocess.run(
         ["bpftool", "--json", "prog", "show"], capture_output=True, text=True, check=True
     )
+    found: list[dict[str, Any]] = json.loads(listed.stdout)
+    return found
+
+
+def loaded(probes: Probes) -> Counter[tuple[str, str, int]]:
+    """Kind, name and size of every program that is attached, or the maps hold."""
+    sizes: Counter[tuple[str, str, int]] = Counter()
     ours = {int(fdinfo(fd)["map_id"]) for name, fd in probes.fds.items() if name == "map:cpus"}
-    for program in json.loads(listed.stdout):
+    for program in programs():
         if ours & set(program.get("map_ids", [])):
             sizes[program["type"], program["name"], program["bytes_xlated"]] += 1
     return sizes
@@ -114,6 +122,46 @@ def test_bcc_is_not_loaded(
     second.close()
 
 
+BY_KPROBE = f"""\
+#!{sys.executable}
+import sys
+from stalld.probe import loader
+loader.fentry_error = lambda *_: "not wanted"
+from stalld.probe.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/sys/bus/event_source/devices/kprobe").exists(),
+    reason="no kprobe support in this kernel (CONFIG_KPROBES)",
+)
+def test_net_rx_action_by_kprobe(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no fentry, kprobes run, of programs just compiled and of kept ones."""
+    child = tmp_path / "child"
+    child.write_text(BY_KPROBE)
+    child.chmod(0o700)
+    for kept in (False, True):
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "executable", str(child))
+            starting = ProbeChild(request_)
+        probes = starting.result()
+        try:
+            assert (probes.description.compile_ms is None) == kept
+            assert probes.description.net_rx_action == "kprobe"
+            assert "link:net_rx_action return" in probes.fds
+            with Pressure(CPU, Mode.PING), statistics_enabled():
+                time.sleep(1)
+            # Theirs are the only ones; the kernel cuts their names to the same 15 bytes.
+            runs = [each.get("run_cnt", 0) for each in programs() if each["type"] == "kprobe"]
+            assert len(runs) == 2
+            assert min(runs) > 0
+        finally:
+            probes.close()
+
+
 def test_stalls_are_told(request_: Request, first: Probes, monkeypatch: pytest.MonkeyPatch) -> None:
     """A service with kept programs sees a real stall, and blames the right task."""
     first.close()
@@ -125,8 +173,9 @@ def test_stalls_are_told(request_: Request, first: Probes, monkeypatch: pytest.M
         lines = daemon.of(truth)
         resolved = check_life(lines)
         assert resolved["verdict"] == "softirqs_disabled"
-        for event in lines:
-            check_blame(event, truth)
+        assert {event["blocker"]["tid"] for event in lines} == {truth.tid}
+        # Not in each: some kernels do not unwind from within a retpoline.
+        assert any(truth.symbol in functions(event) for event in lines)
         assert cache.ABILITY not in {each["ability"] for each in daemon.started["missing"]}
     # Compiled anew it would have been written anew.
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -142,16 +191,16 @@ def test_what_is_no_good(request_: Request, first: Probes, how: str) -> None:
     compiled = kept.read(key)
     assert compiled is not None
     good = path.read_bytes()
-    programs: dict[str, Any] = dict(compiled.programs)
+    code = dict(compiled.programs)
     if how == "damaged":
         path.write_bytes(good[:-8])
     elif how == "refused":
         # Ends without an exit: the last hook's program, when all others are attached.
-        programs["handle_hrtimer_expire"] = RETURN_ZERO[:8]
+        code["handle_hrtimer_expire"] = RETURN_ZERO[:8]
     else:
-        del programs["handle_softirq_raise"]
+        del code["handle_softirq_raise"]
     if how != "damaged":
-        kept.write(key, replace(compiled, programs=programs))
+        kept.write(key, replace(compiled, programs=code))
     others = bpf_objects()
     again = ProbeChild(request_).result()
     try:
