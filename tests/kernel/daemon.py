@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -50,6 +51,7 @@ class Daemon:
         self._told_to_stop = False
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - stop() closes it
         self._news = threading.Condition()
+        self._unparsed: queue.SimpleQueue[tuple[int, str] | None] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
@@ -60,6 +62,8 @@ class Daemon:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        self._parser = threading.Thread(target=self._parse, daemon=True)
+        self._parser.start()
         try:
             self.wait_for(lambda e: e["event"] == "started", START_S)
         except BaseException:
@@ -99,6 +103,7 @@ class Daemon:
             raise
         finally:
             self._reader.join(slow(10))
+            self._parser.join(slow(10))
             if not self._log.closed:
                 self.said = self.log()
                 self._log.close()
@@ -119,7 +124,7 @@ class Daemon:
                     if wanted(event):
                         return event
                 left = deadline - time.monotonic()
-                if left <= 0 or (self.process.poll() is not None and not self._reader.is_alive()):
+                if left <= 0 or (self.process.poll() is not None and not self._parser.is_alive()):
                     raise AssertionError(
                         f"no such event within {timeout_s} s; exit status "
                         f"{self.process.poll()}; the last of {len(self.events)} events: "
@@ -148,8 +153,14 @@ class Daemon:
         assert self.process.stdout is not None
         # Not where the stalls are: we want to know when a line came, not when we could look.
         os.sched_setaffinity(0, os.sched_getaffinity(0) - {STALLED_CPU} or {STALLED_CPU})
+        # A line takes longer to check than to make: done here, the daemon would wait for us.
         for line in self.process.stdout:
-            read_ns = time.monotonic_ns()
+            self._unparsed.put((time.monotonic_ns(), line))
+        self._unparsed.put(None)
+
+    def _parse(self) -> None:
+        while (arrived := self._unparsed.get()) is not None:
+            read_ns, line = arrived
             event = self.parse(line.encode())
             event["read_ns"] = read_ns
             with self._news:
