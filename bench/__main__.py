@@ -3,9 +3,10 @@
     python -m bench [--only MODULE ...] [--results FILE]
     python -m bench --long [RUN ...]
 
-``make bench`` runs it. Some thirteen minutes on a machine that does nothing else. A part of the
+``make bench`` runs it. Some fifteen minutes on a machine that does nothing else. A part of the
 modules is written nowhere unless ``--results`` names a file. The long runs, which some of the goals
-are about, take an hour each, fidelity some minutes; each has its own file, bench/RESULTS-RUN.md.
+are about, take an hour each, idle twenty minutes, fidelity some; each has its own file,
+bench/RESULTS-RUN.md.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from tests.kernel.daemon import wakeups
 
 ROUNDS, SECONDS, HURRIED_S = 3, 33.0, 10.0
 LONG_ROUNDS = 9
-"""To tell half an interrupt a second from none."""
+"""Twenty minutes."""
 STARTED_S, ENDED_S, HURRIED_STARTED_S = 40.0, 15.0, 3.0
 """After so long what a start or an end leaves to the kernel is done."""
 CPU_GOAL = Goal(0.05, "% of a core")

@@ -209,8 +209,8 @@ class Daemon(Piped):
         if module:
             super().__init__(*nice, sys.executable, "-m", module, *run)
         elif checkout is None:
-            kept = {} if cache is None else {"CACHE_DIRECTORY": str(cache)}
-            super().__init__(*nice, COMMAND, *run, environment={**os.environ, **kept})
+            environment = {**os.environ, "CACHE_DIRECTORY": str(cache or "")}
+            super().__init__(*nice, COMMAND, *run, environment=environment)
         else:
             environment = {**os.environ, "PYTHONPATH": str(checkout)}
             command = *nice, sys.executable, "-m", "stalld.cli", *run

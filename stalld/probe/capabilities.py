@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stalld.errors import MissingAbilityError
-from stalld.probe.libbpf import RETURN_ZERO, load_libbpf
+from stalld.probe import libbpf
 
 NUMBERS = {"CAP_SYS_ADMIN": 21, "CAP_SYSLOG": 34, "CAP_PERFMON": 38, "CAP_BPF": 39}
 """include/uapi/linux/capability.h; CAP_PERFMON and CAP_BPF are new in 5.8."""
@@ -26,9 +26,6 @@ _WITHIN_SYS_ADMIN = LOADING
 
 _HEADER = struct.Struct("=Ii")
 _VERSION_3 = 0x20080522
-
-_MAP_TYPE_ARRAY = 2
-_PROG_TYPE_RAW_TRACEPOINT = 17
 
 
 def effective(status: str = "/proc/self/status") -> int:
@@ -108,19 +105,15 @@ def require_bpf() -> None:
         MissingAbilityError: the kernel refused; which capability is missing,
             or what else may stand behind the refusal.
     """
-    lib = load_libbpf()
-    _give_back("creating a BPF map", lib.bpf_map_create(_MAP_TYPE_ARRAY, b"trial", 4, 4, 1, None))
-    count = ctypes.c_size_t(len(RETURN_ZERO) // 8)
-    program = lib.bpf_prog_load(
-        _PROG_TYPE_RAW_TRACEPOINT, b"trial", b"GPL", RETURN_ZERO, count, None
-    )
-    _give_back("loading a tracing program", program)
-
-
-def _give_back(what: str, fd: int) -> None:
-    if fd < 0:
-        raise MissingAbilityError(refusal(what, ctypes.get_errno(), effective()))
-    os.close(fd)
+    trial = libbpf.MapSpec("trial", libbpf.ARRAY, 4, 4, 1, 0)
+    kind = libbpf.Kind(libbpf.RAW_TRACEPOINT)
+    what = "creating a BPF map"
+    try:
+        os.close(libbpf.create_map(trial))
+        what = "loading a tracing program"
+        os.close(libbpf.load_program("trial", kind, libbpf.RETURN_ZERO))
+    except libbpf.RefusedError as error:
+        raise MissingAbilityError(refusal(what, error.number, effective())) from error
 
 
 def refusal(what: str, number: int, mask: int) -> str:

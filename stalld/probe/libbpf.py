@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from stalld.errors import MissingAbilityError
 
-# include/uapi/linux/bpf.h: enum bpf_prog_type, enum bpf_attach_type
+# include/uapi/linux/bpf.h: enum bpf_map_type, enum bpf_prog_type, enum bpf_attach_type
+ARRAY = 2
+
 KPROBE = 2
 PERF_EVENT = 7
 RAW_TRACEPOINT = 17
@@ -72,10 +74,14 @@ class RefusedError(Exception):
     """The kernel's answer.
 
     Attributes:
+        number: its errno.
         log: what the verifier said; "" where it said nothing.
     """
 
-    log = ""
+    def __init__(self, number: int) -> None:
+        super().__init__(os.strerror(number))
+        self.number = number
+        self.log = ""
 
 
 class MapSpec(NamedTuple):
@@ -208,4 +214,4 @@ def link_iterator(program: int) -> int:
 def _made(result: int) -> int:
     if result >= 0:
         return result
-    raise RefusedError(os.strerror(ctypes.get_errno()))
+    raise RefusedError(ctypes.get_errno())

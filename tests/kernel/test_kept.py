@@ -208,6 +208,7 @@ def test_what_is_no_good(request_: Request, first: Probes, how: str) -> None:
         assert again.description.missing == first.description.missing
         assert path.read_bytes() == good
         links = {one for one in bpf_objects() - others if one[0] == "link"}
+        assert links
         assert links <= bpf_objects_of(os.getpid())
     finally:
         again.close()

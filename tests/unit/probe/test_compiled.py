@@ -12,8 +12,7 @@ from stalld.probe.compiled import Compiled, with_maps
 from stalld.probe.libbpf import RETURN_ZERO, MapSpec
 from stalld.probe.protocol import Missing
 
-MAP = struct.Struct("=BBhi")
-"""One instruction."""
+INSTRUCTION = struct.Struct("=BBhi")
 LOAD, CONSTANT, MAP_FD = 0x18, 0x01, 0x11
 
 COMPILED = Compiled(
@@ -32,7 +31,7 @@ COMPILED = Compiled(
 
 def load_64(registers: int, low: int, high: int = 0) -> bytes:
     """The one instruction that takes two places."""
-    return MAP.pack(LOAD, registers, 0, low) + MAP.pack(0, 0, 0, high)
+    return INSTRUCTION.pack(LOAD, registers, 0, low) + INSTRUCTION.pack(0, 0, 0, high)
 
 
 def test_what_is_kept_comes_back() -> None:
@@ -40,28 +39,22 @@ def test_what_is_kept_comes_back() -> None:
     assert Compiled.load(COMPILED.dump()) == COMPILED
 
 
-def test_maps_are_numbered() -> None:
-    """Descriptors of maps change, whatever looks like them does not."""
-    before = (
-        load_64(MAP_FD, 12)
+def code(cpus: int, tails: int) -> bytes:
+    """Some that refers to two maps, and otherwise has what only looks like it."""
+    return (
+        load_64(MAP_FD, cpus)
         + load_64(CONSTANT, 12)
         # The second half of a constant may look like anything.
-        + load_64(CONSTANT, 7, 0)
-        + MAP.pack(LOAD, CONSTANT, 0, 1)
-        + MAP.pack(LOAD, MAP_FD, 0, 12)
-        + load_64(0x12, 5)
+        + INSTRUCTION.pack(LOAD, CONSTANT, 0, 1)
+        + INSTRUCTION.pack(LOAD, MAP_FD, 0, 12)
+        + load_64(0x12, tails)
         + RETURN_ZERO
     )
-    after = with_maps(before, {12: 3, 5: 0}.__getitem__)
-    assert after == (
-        load_64(MAP_FD, 3)
-        + load_64(CONSTANT, 12)
-        + load_64(CONSTANT, 7, 0)
-        + MAP.pack(LOAD, CONSTANT, 0, 1)
-        + MAP.pack(LOAD, MAP_FD, 0, 12)
-        + load_64(0x12, 0)
-        + RETURN_ZERO
-    )
+
+
+def test_maps_are_numbered() -> None:
+    """Descriptors of maps change, whatever looks like them does not."""
+    assert with_maps(code(12, 5), {12: 3, 5: 0}.__getitem__) == code(3, 0)
 
 
 def test_an_unknown_map() -> None:
@@ -73,10 +66,12 @@ def test_an_unknown_map() -> None:
 @given(st.lists(st.tuples(st.integers(0, 255), st.integers(0, 255), st.integers(0, 9))))
 def test_there_and_back(instructions: list[tuple[int, int, int]]) -> None:
     """Numbers for descriptors, and descriptors for numbers: the same code."""
-    code = b"".join(
-        load_64(registers, value) if operation == LOAD else MAP.pack(operation, registers, 0, value)
+    made = b"".join(
+        load_64(registers, value)
+        if operation == LOAD
+        else INSTRUCTION.pack(operation, registers, 0, value)
         for operation, registers, value in instructions
     )
-    there = with_maps(code, lambda fd: fd + 100)
-    assert len(there) == len(code)
-    assert with_maps(there, lambda number: number - 100) == code
+    there = with_maps(made, lambda fd: fd + 100)
+    assert len(there) == len(made)
+    assert with_maps(there, lambda number: number - 100) == made
