@@ -199,7 +199,7 @@ class NetWatch:
     def _look_at_cpus(self) -> list[_Told]:
         try:
             text = read_again(self._softnet.get().fileno()).decode()
-            rows = softnet.parse(text, online_cpus())
+            rows = softnet.parse(text, online_cpus)
         except (OSError, ValueError) as error:
             self._softnet.close()
             self._count("softnet_stat", error)

@@ -186,6 +186,6 @@ def softnet_stat(cpu: int, online: Sequence[int], path: str = softnet.PATH) -> S
         online: the CPUs that have a row. Linux before 5.10 does not name them.
     """
     try:
-        return softnet.parse(Path(path).read_text(), online).get(cpu)
+        return softnet.parse(Path(path).read_text(), lambda: online).get(cpu)
     except (OSError, ValueError):
         return None

@@ -7,7 +7,7 @@ and the CPU's number (5.10), the backlog's two parts (6.10).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 PATH = "/proc/net/softnet_stat"
@@ -30,11 +30,11 @@ class Softnet(NamedTuple):
     backlog: int | None = None
 
 
-def parse(text: str, online: Sequence[int]) -> dict[int, Softnet]:
+def parse(text: str, online: Callable[[], Sequence[int]]) -> dict[int, Softnet]:
     """The row of each CPU.
 
     Args:
-        online: the CPUs that have a row, for kernels that do not number them.
+        online: the CPUs that have a row; asked where the kernel does not number them.
 
     Raises:
         ValueError: it is no such table, or has not a row for each of ``online``.
@@ -42,14 +42,13 @@ def parse(text: str, online: Sequence[int]) -> dict[int, Softnet]:
     rows = [[int(word, 16) for word in line.split()] for line in text.splitlines()]
     if any(len(row) <= _SQUEEZED for row in rows):
         raise ValueError("a row of softnet_stat is too short")
-    if rows and len(rows[0]) <= _CPU and len(rows) != len(online):
+    numbers: Sequence[int] = [row[_CPU] for row in rows if len(row) > _CPU]
+    if len(numbers) != len(rows):
+        numbers = online()
+    if len(numbers) != len(rows):
         # A CPU went or came just now: whose row is which?
-        raise ValueError(f"softnet_stat has {len(rows)} rows for {len(online)} CPUs")
-    numbers = [row[_CPU] if len(row) > _CPU else None for row in rows]
-    return {
-        online[place] if number is None else number: _softnet(row)
-        for place, (number, row) in enumerate(zip(numbers, rows, strict=True))
-    }
+        raise ValueError(f"softnet_stat has {len(rows)} rows for {len(numbers)} CPUs")
+    return {number: _softnet(row) for number, row in zip(numbers, rows, strict=True)}
 
 
 def _softnet(row: Sequence[int]) -> Softnet:

@@ -64,7 +64,7 @@ def small_backlog() -> Iterator[None]:
 
 def rows() -> dict[int, Softnet]:
     """/proc/net/softnet_stat."""
-    return softnet.parse(Path(softnet.PATH).read_text(), sorted(system.online_cpus()))
+    return softnet.parse(Path(softnet.PATH).read_text(), lambda: sorted(system.online_cpus()))
 
 
 def link_of(interface: str) -> LinkStats:

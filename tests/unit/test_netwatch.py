@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -214,6 +216,35 @@ def test_a_driver_that_refuses(machine: Machine, monkeypatch: pytest.MonkeyPatch
     assert machine.watch.faults == {"a driver's counters: Operation not supported": 1}
 
 
+_AUDITED: list[list[str]] = []
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if _AUDITED and event in ("open", "socket.__new__", "os.listdir", "os.scandir"):
+        _AUDITED[-1].append(f"{event} {arguments[0]}")
+
+
+# Python knows no way to remove it.
+sys.addaudithook(_audit)
+
+
+@contextmanager
+def audited() -> Iterator[list[str]]:
+    """What is opened meanwhile."""
+    _AUDITED.append([])
+    try:
+        yield _AUDITED[-1]
+    finally:
+        _AUDITED.pop()
+
+
+def test_audited() -> None:
+    """Files, directories and sockets are noticed."""
+    with audited() as seen, open(os.devnull), socket.socket():
+        os.listdir("/")
+    assert [each.split()[0] for each in seen] == ["open", "socket.__new__", "os.listdir"]
+
+
 def test_looks_open_nothing_anew() -> None:
     """To close a socket or a file of /proc keeps a CPU's tick going: each is opened once."""
     watch = NetWatch(Config(), _raise_event, lambda: (0, 0))
@@ -228,7 +259,10 @@ def test_looks_open_nothing_anew() -> None:
     before = opened()
     watch._look(True, True)
     after_one = opened()
-    watch._look(False, True)
+    with audited() as seen:
+        watch._look(False, True)
+    # Not for a moment either.
+    assert seen == []
     assert opened() == after_one
     assert softnet.PATH.rpartition("/")[2] in " ".join(after_one.values())
     assert watch.faults == {}
